@@ -1,0 +1,197 @@
+"""Open a run: labelled, lazy, trimmed to what is committed. Nothing in a store is ever executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import dask.array as da
+import xarray as xr
+import zarr
+
+from .errors import FormatError, IncompleteRunError, MissingSiteError, UsageError
+from .growing import dimensions
+from .manifest import MANIFEST, Manifest
+from .schema import FORMAT, FORMAT_VERSION
+
+STACKS = ("text", "vision", "qformer")
+
+
+def open_run(path: str | Path, *, allow_partial: bool = False) -> xr.DataTree:
+    """Open a run from a folder or a URL; reads metadata only.
+
+    Every array is a dask array in blocks of one layer x one shard of rows; labels are coordinates.
+
+    Parameters
+    ----------
+    allow_partial
+        Also open a run that is still being written; it is cut to the samples that are committed.
+
+    Raises
+    ------
+    UsageError          nothing is there.
+    FormatError         it is not a run, lacks groups that its manifest names, or its format is newer.
+    IncompleteRunError  the run is unfinished and `allow_partial` is False.
+    """
+    where = str(path)
+    manifest = read_manifest(path)
+    if not manifest.complete and not allow_partial:
+        raise IncompleteRunError(
+            f"{where} is unfinished: {manifest.samples} of {manifest.expected} samples are committed.",
+            "Run its capture command again to finish it, or open_run(..., allow_partial=True).",
+        )
+    tree = _open_tree(where, manifest)
+    check_version(tree.attrs, where)
+    missing = sorted(set(manifest.axes) - {node.path.strip("/") for node in tree.subtree})
+    if missing:
+        raise FormatError(
+            f"{where} lacks {', '.join(missing)}, which its manifest names.",
+            "The copy is incomplete: copy the folder again; `mechanistic verify` lists what is missing.",
+        )
+    lazy = {
+        node.path: _label(node.to_dataset(inherit=False), node.path.strip("/"), manifest)
+        for node in tree.subtree
+    }
+    run = xr.DataTree.from_dict(lazy)
+    run.encoding["source"] = where
+    return run
+
+
+def site(run: xr.DataTree, name: str) -> xr.Dataset:
+    """The Dataset of one site, such as 'text/q'; MissingSiteError names the sites that exist."""
+    path = name.replace(".", "/")
+    if f"/{path}" in run.groups:
+        return group(run, path)
+    stack, _, wanted = path.partition("/")
+    held = sites(run)
+    raise MissingSiteError(
+        f"this run has no {path!r}; it holds {', '.join(held) or 'no sites at all'}.",
+        f"Capture it with --sites '{stack}.*.{wanted}'.",
+    )
+
+
+def group(run: xr.DataTree, path: str) -> xr.Dataset:
+    """The Dataset of any group, such as 'samples' or 'tokens/text'; KeyError when there is none."""
+    node = run[path]
+    if not isinstance(node, xr.DataTree):
+        raise KeyError(f"{path!r} is an array of this run, not a group")
+    return node.to_dataset(inherit=False)
+
+
+def sites(run: xr.DataTree) -> list[str]:
+    """The sites a run holds, such as ['text/k', 'text/q', 'text/resid_post']."""
+    return sorted(
+        path
+        for path in (node.path.strip("/") for node in run.subtree)
+        if path.count("/") == 1 and path.split("/")[0] in STACKS
+    )
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a run in a folder or at a URL.
+
+    Raises
+    ------
+    UsageError   nothing is at `path`.
+    FormatError  something is, but it has no readable manifest.
+    """
+    where = str(path)
+    if is_url(where):
+        import fsspec
+
+        filesystem, folder = fsspec.core.url_to_fs(where)
+        try:
+            return Manifest.parse(filesystem.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"), where)
+        except FileNotFoundError:
+            raise UsageError(f"there is no run at {where}.", f"A run has a {MANIFEST} there.") from None
+    folder = Path(path)
+    if not folder.exists():
+        raise UsageError(f"there is no run at {where}.", "Check the path; `mechanistic capture` makes one.")
+    try:
+        return Manifest.parse((folder / MANIFEST).read_bytes(), where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FormatError(
+            f"{where} is not a mechanistic run: it has no {MANIFEST}.",
+            "Give the folder that `mechanistic capture` wrote; open other Zarr stores with xarray itself.",
+        ) from None
+
+
+def check_version(attrs: Any, where: str) -> None:
+    """FormatError for what is not a run, or is one of a newer major version (while 0.x: a newer minor)."""
+    if attrs.get("format") != FORMAT:
+        raise FormatError(
+            f"{where} says its format is {attrs.get('format')!r}, not {FORMAT!r}.",
+            "Give the folder that `mechanistic capture` wrote; open other Zarr stores with xarray itself.",
+        )
+    version = str(attrs.get("format_version"))
+    try:
+        newer = _rank(version) > _rank(FORMAT_VERSION)
+    except ValueError:
+        raise FormatError(
+            f"{where} has the format version {version!r}.", "It must look like '0.1'."
+        ) from None
+    if newer:
+        raise FormatError(
+            f"{where} has format version {version}; this installation reads up to {FORMAT_VERSION}.",
+            "Upgrade: pip install --upgrade mechanistic.",
+        )
+
+
+def is_url(where: str) -> bool:
+    return len(urlsplit(where).scheme) > 1
+
+
+def _rank(version: str) -> tuple[int, ...]:
+    major, minor = (int(part) for part in version.split("."))
+    return (0, minor) if major == 0 else (major,)
+
+
+def _open_tree(where: str, manifest: Manifest) -> xr.DataTree:
+    try:
+        if manifest.complete:
+            return xr.open_datatree(where, engine="zarr", consolidated=True, chunks=None, cache=False)
+        root = zarr.open_group(where, mode="r", use_consolidated=False)
+        live = {name: _live_group(root, name, axis, manifest) for name, axis in manifest.axes.items()}
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(root.attrs)), **live})
+    except (ValueError, KeyError, OSError, zarr.errors.BaseZarrError) as cause:
+        raise FormatError(
+            f"{where} cannot be read as a Zarr store ({type(cause).__name__}: {str(cause).splitlines()[0]}).",
+            "The copy is incomplete or damaged: `mechanistic verify` lists what is wrong.",
+        ) from cause
+
+
+def _live_group(root: zarr.Group, name: str, axis: str | None, manifest: Manifest) -> xr.Dataset:
+    """A group of an unfinished run, array by array: their lengths agree only in what is committed."""
+    node = root[name]
+    if not isinstance(node, zarr.Group):
+        raise KeyError(f"{name} is not a group")
+    variables = {}
+    for key, array in node.arrays():
+        dims = dimensions(array)
+        rows = tuple(slice(manifest.rows[name]) if dim == axis else slice(None) for dim in dims)
+        lazy = da.from_array(array, chunks=array.shards or array.chunks)[rows]
+        variables[key] = xr.Variable(dims, lazy, dict(array.attrs), {"chunks": array.shards or array.chunks})
+    coordinates = str(node.attrs.get("coordinates", "")).split()
+    return xr.Dataset(variables, attrs=dict(node.attrs)).set_coords(
+        [c for c in coordinates if c in variables]
+    )
+
+
+def _label(dataset: xr.Dataset, group: str, manifest: Manifest) -> xr.Dataset:
+    """Cut to the committed rows, and give every variable its dask blocks."""
+    axis = manifest.axes.get(group)
+    if axis is None:
+        return dataset.chunk() if dataset.variables else dataset
+    rows = manifest.rows[group]
+    chunks: dict[str, int] = {}
+    for variable in dataset.variables.values():
+        encoded = variable.encoding.get("shards") or variable.encoding.get("chunks") or variable.shape
+        chunks |= {
+            str(dim): int(size)
+            for dim, size in zip(variable.dims, encoded, strict=True)
+            if dim == axis and ("layer" in variable.dims or axis not in chunks)
+        }
+    trimmed = dataset.isel({axis: slice(0, rows)}) if axis in dataset.dims else dataset
+    blocks = {dim: chunks.get(str(dim), 1 if dim == "layer" else -1) for dim in trimmed.dims}
+    return trimmed.chunk(blocks)

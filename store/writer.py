@@ -1,0 +1,297 @@
+"""Write a run: groups that grow in step, committed a number of samples at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+
+from .errors import DiskFullError, OutputExistsError, StoreError
+from .growing import GrowingArray, create_array, dimensions
+from .manifest import MANIFEST, Manifest, consolidate, sync
+from .schema import FORMAT, FORMAT_VERSION, GroupSchema
+
+LOCK = ".writer.lock"
+VOLATILE = ("run_id", "created", "software", "proven", "completeness", "format", "format_version")
+
+
+class RunWriter:
+    """The one writer of a run (or of one part of it).
+
+    `append` takes the rows of whole samples, in order; `commit` makes everything appended so far permanent;
+    `finish` closes the run for ever. A process killed at any instant loses what was appended since the last
+    commit and nothing else: `resume` goes on from there with the same bytes.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, lock: IO[str]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.samples = manifest.samples
+        self._lock = lock
+        self._arrays: dict[str, dict[str, GrowingArray]] = {}
+        for group, axis in manifest.axes.items():
+            if axis is not None:
+                self._arrays[group] = _open_group(path / group, axis, manifest.rows[group])
+
+    @classmethod
+    def create(
+        cls, path: str | Path, attributes: Mapping[str, Any], groups: Sequence[GroupSchema], *, samples: int
+    ) -> RunWriter:
+        """Start a run of `samples` samples. OutputExistsError when `path` holds anything."""
+        path = Path(path)
+        draft = _draft(path)
+        lock = _lock(draft)
+        with _disk(path):
+            manifest = Manifest(run_id=secrets.token_hex(8), expected=samples)
+            root = zarr.create_group(str(draft), zarr_format=3)
+            root.attrs.update(
+                {
+                    "format": FORMAT,
+                    "format_version": FORMAT_VERSION,
+                    "run_id": manifest.run_id,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    **attributes,
+                }
+            )
+            for group in groups:
+                _create_group(root, group)
+                manifest.axes[group.path] = group.axis
+                manifest.rows[group.path] = 0
+            manifest.write(draft)
+            draft.rename(path)
+        return cls(path, manifest, lock)
+
+    @classmethod
+    def resume(cls, path: str | Path, attributes: Mapping[str, Any]) -> RunWriter:
+        """Continue an unfinished run; OutputExistsError names every attribute that differs."""
+        path = Path(path)
+        lock = _lock(path)
+        try:
+            manifest = Manifest.parse((path / MANIFEST).read_bytes(), str(path))
+            stored = dict(zarr.open_group(str(path), mode="r", use_consolidated=False).attrs)
+            different = differences(stored, attributes)
+            if different:
+                raise OutputExistsError(
+                    f"{path} was captured with other settings: {'; '.join(different)}.",
+                    "Use the same settings to continue it, or another --output-dir to start afresh.",
+                )
+            for leftover in (*path.rglob("*.partial"), *path.rglob("*.__lock")):
+                leftover.unlink()
+            return cls(path, manifest, lock)
+        except BaseException:
+            lock.close()
+            raise
+
+    def append(self, rows: Mapping[str, Mapping[str, NDArray[Any]]], *, samples: int) -> None:
+        """Add the rows of the next `samples` samples: {group: {array: values}}, every array of a group."""
+        with _disk(self.path):
+            for group, columns in rows.items():
+                arrays = self._arrays[group]
+                lengths = {arrays[n].axis: v.shape[arrays[n].axis] for n, v in columns.items() if n in arrays}
+                if columns.keys() != arrays.keys() or len(set(lengths.values())) > 1:
+                    odd = sorted(columns.keys() ^ arrays.keys()) or lengths
+                    raise StoreError(
+                        f"the rows for {group} do not fit its arrays: {odd}.",
+                        f"Every append to {group} gives one equally long block for each of {sorted(arrays)}.",
+                    )
+                for name, values in columns.items():
+                    arrays[name].append(values)
+        self.samples += samples
+
+    def put_static(self, group: str, dataset: xr.Dataset, attrs: Mapping[str, Any] | None = None) -> None:
+        """Write a small group whole, such as readout/; part of the next commit."""
+        with _disk(self.path):
+            shutil.rmtree(self.path / group, ignore_errors=True)
+            root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
+            node = root.create_group(
+                group, attributes={**(attrs or {}), "coordinates": _names(dataset.coords)}
+            )
+            files = dict(self.manifest.files)
+            for name, variable in dataset.variables.items():
+                string = variable.dtype.kind in "UTO"
+                array = node.create_array(
+                    str(name),
+                    shape=variable.shape,
+                    chunks=tuple(max(1, n) for n in variable.shape),
+                    dtype="str" if string else variable.dtype,
+                    dimension_names=[str(d) for d in variable.dims],
+                    attributes=dict(variable.attrs),
+                )
+                array[...] = variable.values.astype("T") if string else variable.values
+            for file in sorted((self.path / group).rglob("*")):
+                if file.is_file():
+                    sync(file)
+                    if file.name != "zarr.json":
+                        files[file.relative_to(self.path).as_posix()] = _checksum(file)
+            axes = {**self.manifest.axes, group: None}
+            self.manifest = replace(self.manifest, files=files, axes=axes)
+
+    def commit(self) -> None:
+        """Make every appended sample permanent. The replaced manifest is the instant it happens."""
+        with _disk(self.path):
+            files = dict(self.manifest.files)
+            for array in self._each():
+                array.flush()
+            for array in self._each():
+                array.settle()
+                folders = set()
+                for file in array.touched:
+                    # A chunk of nothing but fill values is not stored; absence is its correct encoding.
+                    if not file.exists():
+                        continue
+                    folders.add(file.parent)
+                    if file.name == "zarr.json" or array.dtype == "string":
+                        sync(file)
+                    if file.name != "zarr.json":
+                        files[file.relative_to(self.path).as_posix()] = _checksum(file)
+                for folder in folders:
+                    sync(folder)
+                array.touched.clear()
+            rows = {group: next(iter(arrays.values())).rows for group, arrays in self._arrays.items()}
+            self.manifest = replace(self.manifest, samples=self.samples, rows=rows, files=files)
+            self.manifest.write(self.path)
+
+    def finish(self) -> None:
+        """Commit, consolidate the metadata and mark the run complete."""
+        self.commit()
+        if self.samples != self.manifest.expected:
+            raise StoreError(
+                f"{self.path} holds {self.samples} of {self.manifest.expected} samples: not finished.",
+                "Run the same capture command again to continue it.",
+            )
+        with _disk(self.path):
+            manifest = self.manifest.finished()
+            root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
+            root.attrs["completeness"] = {
+                "state": "complete",
+                "samples": self.samples,
+                "content_sha256": manifest.content_sha256(),
+            }
+            consolidate(self.path)
+            manifest.write(self.path)
+            self.manifest = manifest
+        self.close()
+
+    @property
+    def bytes_written(self) -> int:
+        return self.manifest.stored_bytes
+
+    def close(self) -> None:
+        """Let go of the run without a commit; what was appended since the last one is lost."""
+        if not self._lock.closed:
+            for array in self._each():
+                with suppress(Exception):
+                    array.wait()
+            with suppress(FileNotFoundError):
+                (self.path / LOCK).unlink()
+            self._lock.close()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _each(self) -> Iterator[GrowingArray]:
+        for arrays in self._arrays.values():
+            yield from arrays.values()
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every attribute whose stored value is not the wanted one, as 'model.dtype is float32, not bfloat16'."""
+    found = []
+    for key in sorted(set(wanted) | (set(stored) if prefix else set())):
+        if not prefix and key in VOLATILE:
+            continue
+        old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif _plain(old) != _plain(new):
+            found.append(f"{prefix}{key} is {_plain(old)!r}, not {_plain(new)!r}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _names(coords: Any) -> str:
+    return " ".join(sorted(str(name) for name in coords))
+
+
+def _create_group(root: zarr.Group, schema: GroupSchema) -> None:
+    tokens = schema.axis in ("token", "patch") and not schema.path.startswith("tokens/")
+    labels = [a.name for a in schema.arrays if tokens and a.dims == (schema.axis,)]
+    group = root.require_group(schema.path)
+    group.attrs.update({**schema.attrs, "coordinates": " ".join(sorted([*labels, *schema.coords]))})
+    for array in schema.arrays:
+        create_array(group, array, schema.axis)
+    for name, values in schema.coords.items():
+        stored = group.create_array(
+            name, shape=values.shape, chunks=values.shape, dtype=values.dtype, dimension_names=[name]
+        )
+        stored[...] = values
+
+
+def _open_group(path: Path, axis: str, rows: int) -> dict[str, GrowingArray]:
+    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    growing = [name for name, array in group.arrays() if axis in dimensions(array)]
+    return {name: GrowingArray(path / name, axis, rows) for name in growing}
+
+
+def _draft(path: Path) -> Path:
+    """A folder beside `path`: the run appears under its own name only when its metadata is whole."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputExistsError(
+            f"{path} already exists.", "Choose another output folder, or remove this one."
+        )
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    draft.mkdir(parents=True)
+    return draft
+
+
+def _lock(path: Path) -> IO[str]:
+    file = (path / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputExistsError(
+            f"another process is writing {path}.", "Wait for it, or give this job another --output-dir."
+        ) from None
+    return file
+
+
+def _checksum(file: Path) -> tuple[int, int]:
+    data = file.read_bytes()
+    return len(data), zlib.crc32(data)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """A full disk is an error of its own; what was committed before it is intact."""
+    try:
+        yield
+    except Exception as cause:
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause)
+        if not full:
+            raise
+        raise DiskFullError(
+            f"the disk that holds {path} is full; everything committed so far is intact.",
+            "Free some space and run the same command again: it continues where it stopped.",
+        ) from cause
