@@ -1,7 +1,7 @@
 """The format of a run: its schema, its writer and its reader. Imports no torch and neither sibling."""
 
-from .reader import open_run, read_manifest, site, sites
+from .reader import group, open_run, read_manifest, site, sites
 from .schema import ArraySchema, GroupSchema
 from .writer import RunWriter
 
-__all__ = ["ArraySchema", "GroupSchema", "RunWriter", "open_run", "read_manifest", "site", "sites"]
+__all__ = ["ArraySchema", "GroupSchema", "RunWriter", "group", "open_run", "read_manifest", "site", "sites"]

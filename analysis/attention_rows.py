@@ -1,0 +1,224 @@
+"""Exact attention rows rebuilt from q and k, a few at a time, and statistics of each row.
+
+Never holds more of a pattern than `ROW_BLOCK` queries of the heads that share a key head. For causal layers
+only the keys up to the last of those queries are multiplied at all, which halves the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import DataError
+
+from .attention_inputs import AttentionInputs, attention_inputs
+from .blocks import MAX_BYTES, ROW_BLOCK, Columns, align_blocks, map_blocks, sample_spans
+from .mask_rules import MASK_COLUMNS, AttentionRule
+
+Floats = NDArray[np.float32]
+
+# Finite, so that 0 * MASKED is 0 and not NaN in sum p log p; exp of it is exactly 0.
+MASKED = np.float32(-1e30)
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """A few rows of one layer of one sample: `scores` are logits less their row's maximum, or MASKED.
+
+    scores, exponentials (head, query, key); totals (head, query), the sums of the exponentials; `query` and
+    `key` hold the columns of these query rows and of these keys. `heads` are positions on the head axis.
+    """
+
+    scores: Floats
+    exponentials: Floats
+    totals: Floats
+    query: Columns
+    key: Columns
+    heads: NDArray[np.int64]
+
+    @cached_property
+    def weights(self) -> Floats:
+        """The attention weights (head, query, key); each row sums to 1."""
+        return np.asarray(self.exponentials / self.totals[..., None])
+
+
+@dataclass(frozen=True)
+class RowStatistic:
+    """Numbers computed from attention rows: `kernel` maps AttentionRows to (head, query, len(variables))."""
+
+    variables: Mapping[str, Mapping[str, Any]]
+    kernel: Callable[[AttentionRows], NDArray[Any]]
+    query_columns: tuple[str, ...] = ()
+    key_columns: tuple[str, ...] = ()
+
+
+def attention_statistics(
+    run: xr.DataTree,
+    statistics: Sequence[RowStatistic],
+    *,
+    stack: str = "text",
+    tokens: str | None = None,
+    layer: int | Sequence[int] | None = None,
+    sample: int | Sequence[int] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> xr.Dataset:
+    """Compute several statistics of every attention row in one walk over q and k; lazy.
+
+    Parameters
+    ----------
+    tokens
+        Query rows to keep, such as ``"last"`` (see `select_tokens`); keys are always complete.
+    layer, sample
+        True layer numbers and rows of samples/; None means all.
+
+    Returns
+    -------
+    one variable (layer, token, head), float32, for each name in `statistics`, with the labels of the query
+    rows; NaN where a query may look at no key at all.
+
+    Raises
+    ------
+    MissingSiteError, SpecificationError, FormatError, DataError
+        see `attention_inputs` and `align_blocks`; also when computed, naming sample and layer, if q or k are
+        not finite there.
+    """
+    inputs = attention_inputs(run, stack=stack, tokens=tokens, layer=layer, sample=sample)
+    blocks = align_blocks(inputs.query[inputs.query_name], inputs.key[inputs.key_name], max_bytes=max_bytes)
+    names = [name for statistic in statistics for name in statistic.variables]
+    kernel = partial(
+        _statistics_kernel, rules=inputs.rules, kv_of_head=inputs.kv_of_head, statistics=tuple(statistics)
+    )
+    stacked = map_blocks(
+        kernel,
+        blocks,
+        query_columns=(*_columns(inputs.query), *(c for s in statistics for c in s.query_columns)),
+        key_columns=(*_columns(inputs.key), *(c for s in statistics for c in s.key_columns)),
+        shape=(inputs.query.sizes["head"], len(names)),
+    )
+    return _labelled(stacked, inputs, statistics, names)
+
+
+def _labelled(
+    stacked: Any, inputs: AttentionInputs, statistics: Sequence[RowStatistic], names: list[str]
+) -> xr.Dataset:
+    axis = str(inputs.query["sample_index"].dims[0])
+    attrs = {name: dict(s.variables[name]) for s in statistics for name in s.variables}
+    coords = {
+        name: coord
+        for name, coord in inputs.query.coords.items()
+        if set(coord.dims) <= {"layer", axis, "head"}
+    }
+    provenance = {key: inputs.query.attrs[key] for key in ("stack", "tokens") if key in inputs.query.attrs}
+    variables = {
+        name: (("layer", axis, "head"), stacked[..., place], attrs[name]) for place, name in enumerate(names)
+    }
+    dataset = xr.Dataset(variables, coords, {**provenance, "computed_from": "q and k"})
+    # Labels are cut like the results, so that the Dataset has one chunking.
+    return dataset.chunk({axis: stacked.chunks[1]})
+
+
+def _columns(group: xr.Dataset) -> tuple[str, ...]:
+    return tuple(name for name in MASK_COLUMNS if name in group.variables)
+
+
+def _statistics_kernel(
+    layer: int,
+    query: NDArray[Any],
+    key: NDArray[Any],
+    query_columns: Columns,
+    key_columns: Columns,
+    *,
+    rules: Mapping[int, AttentionRule],
+    kv_of_head: NDArray[np.int64],
+    statistics: tuple[RowStatistic, ...],
+) -> Floats:
+    """(row, head, statistic) for one layer of one block."""
+    width = sum(len(statistic.variables) for statistic in statistics)
+    result = np.empty((query.shape[0], query.shape[1], width), np.float32)
+    for rows, part in walk_rows(layer, query, key, query_columns, key_columns, rules[layer], kv_of_head):
+        computed = np.concatenate([statistic.kernel(part) for statistic in statistics], axis=-1)
+        result[rows.start : rows.stop, part.heads] = computed.transpose(1, 0, 2)
+    return result
+
+
+def walk_rows(
+    layer: int,
+    query: NDArray[Any],
+    key: NDArray[Any],
+    query_columns: Columns,
+    key_columns: Columns,
+    rule: AttentionRule,
+    kv_of_head: NDArray[np.int64],
+) -> Iterator[tuple[slice, AttentionRows]]:
+    """Rebuild the attention rows of one layer of some samples: (which query rows, their AttentionRows)."""
+    rows, keys = sample_spans(query_columns["sample_index"]), sample_spans(key_columns["sample_index"])
+    place = np.searchsorted(keys.sample, rows.sample)
+    groups = [(kv, np.flatnonzero(kv_of_head == kv)) for kv in np.unique(kv_of_head)]
+    for number, at in enumerate(place):
+        these, those = slice(rows.start[number], rows.stop[number]), slice(keys.start[at], keys.stop[at])
+        of_key = {name: values[those] for name, values in key_columns.items()}
+        _require_complete(of_key["position"], int(rows.sample[number]))
+        # (kv_head, d_head, key): the layout that the matrix product reads in order.
+        keys_of_sample = np.ascontiguousarray(key[those].astype(np.float32).transpose(1, 2, 0))
+        for start in range(these.start, these.stop, ROW_BLOCK):
+            piece = slice(start, min(start + ROW_BLOCK, these.stop))
+            of_query = {name: values[piece] for name, values in query_columns.items()}
+            stop = rule.key_stop(of_query, of_key)
+            near = {name: values[:stop] for name, values in of_key.items()}
+            banned = ~rule.allowed(of_query, of_key)[:, :stop]
+            scaled = query[piece].astype(np.float32) * np.float32(rule.scale)
+            for kv, heads in groups:
+                scores = _scores(scaled[:, heads], keys_of_sample[kv, :, :stop], rule.softcap, banned)
+                yield piece, _normalise(scores, banned, of_query, near, heads, layer)
+
+
+def _scores(query: Floats, key: Floats, softcap: float | None, banned: NDArray[np.bool_]) -> Floats:
+    """Logits (head, query, key) of the heads of one group, as one matrix product."""
+    rows, heads, width = query.shape
+    # What is not finite is found by its totals, and reported with its sample: no warning besides.
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores: Floats = np.ascontiguousarray(query.transpose(1, 0, 2)).reshape(heads * rows, width) @ key
+        if softcap is not None:
+            np.tanh(np.divide(scores, np.float32(softcap), out=scores), out=scores)
+            scores *= np.float32(softcap)
+    scores = scores.reshape(heads, rows, key.shape[-1])
+    touched = np.flatnonzero(banned.any(axis=0))
+    if touched.size:
+        edge = scores[..., touched[0] :]
+        np.copyto(edge, MASKED, where=banned[None, :, touched[0] :])
+    return scores
+
+
+def _normalise(
+    scores: Floats,
+    banned: NDArray[np.bool_],
+    query: Columns,
+    key: Columns,
+    heads: NDArray[np.int64],
+    layer: int,
+) -> AttentionRows:
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores -= scores.max(axis=-1, keepdims=True, initial=MASKED)
+        exponentials = np.exp(scores)
+    totals = exponentials @ np.ones(scores.shape[-1], np.float32)
+    if not np.isfinite(totals).all():
+        raise DataError(
+            f"q or k of sample {query['sample_index'][0]} is not finite in layer {layer}.",
+            "Capture that sample again, or leave it out (sample=...); `mechanistic verify` checks the bytes.",
+        )
+    totals[:, banned.all(axis=1)] = np.nan
+    return AttentionRows(scores, exponentials, totals, query, key, heads)
+
+
+def _require_complete(position: NDArray[Any], sample: int) -> None:
+    if not np.array_equal(position, np.arange(len(position))):
+        raise DataError(
+            f"the keys of sample {sample} are not complete: positions other than 0 to {len(position) - 1}.",
+            "Attention over some of the keys is not the model's: capture k[all], select query rows only.",
+        )

@@ -1,0 +1,87 @@
+"""The `mechanistic` command: one subcommand a task, mounted from each folder's own cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from mechanistic.store.cli import add_commands as add_store_commands
+from mechanistic.store.errors import MechanisticError
+
+DESCRIPTION = """\
+Capture a vision-language model's attention and residual tensors once, into a labelled Zarr store;
+analyse them for ever after on CPUs; go back to the model only for causal work.
+
+  mechanistic demo                    the whole way in a minute, on a small model that comes with it
+  mechanistic capture --plan ...      what a capture will cost, before it runs
+  mechanistic info RUN                what is inside a store
+"""
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with failed samples, 130/143 interrupted"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; an error of ours is two lines on stderr, and a traceback only with --debug."""
+    args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(args.run_command(args))
+    except MechanisticError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what was committed is kept, and the same command continues it", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from mechanistic.capture.cli import add_commands as add_capture_commands
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="mechanistic", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=formatter
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    add_capture_commands(commands)
+    add_store_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="capture, analyse and show a small model that learned left from right, in a minute",
+        description="Capture 400 drawn scenes with the bundled model, analyse the store, and write the run, "
+        "the figures and one HTML page that reads from top to bottom. Needs no network and no GPU.",
+    )
+    demo.add_argument("--output-dir", default="demo", help="where to write (default: demo)")
+    demo.add_argument("--num-samples", type=int, default=400, help="scenes to capture (default: 400)")
+    demo.add_argument("--seed", type=int, default=0, help="which scenes are drawn (default: 0)")
+    demo.set_defaults(run_command=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    return run_demo(args.output_dir, num_samples=args.num_samples, seed=args.seed)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Which keys a query may look at, and how its logits are made: the rule a run records for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import FormatError
+from mechanistic.store.schema import KIND
+
+Columns = Mapping[str, NDArray[Any]]
+Mask = NDArray[np.bool_]
+
+# What the rules below read of the tokens of one sample.
+MASK_COLUMNS = ("position", "kind", "image_index", "tile", "patch_row", "patch_col")
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How one layer turns q and k into attention: softmax of softcap(scale * q.k) over the keys of `mask`.
+
+    `window` is the number of keys a sliding window reaches back, the query's own included, or the side in
+    patches of an image window; `softcap` c squashes logits to c * tanh(logit / c).
+    """
+
+    mask: str
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @classmethod
+    def parse(cls, recorded: Mapping[str, Any], where: str) -> AttentionRule:
+        """Read what a run recorded for one layer.
+
+        Raises
+        ------
+        FormatError  the mask is unknown, a window is missing or surplus, there are sinks, or a key is not
+                     known: each would give attention that is not the model's.
+        """
+        unknown = sorted(set(recorded) - {"mask", "scale", "window", "softcap", "sinks"})
+        if unknown:
+            raise FormatError(
+                f"{where}: the attention rule has {', '.join(unknown)}, which is not known here.",
+                "Upgrade: pip install --upgrade mechanistic.",
+            )
+        if recorded.get("sinks"):
+            raise FormatError(
+                f"{where}: this layer has attention sinks, whose logits are not in the run.",
+                "Capture attn_stats or patterns of this layer instead of q and k.",
+            )
+        mask, scale, window = recorded.get("mask"), recorded.get("scale"), recorded.get("window")
+        if mask not in _RULES or not isinstance(scale, int | float):
+            raise FormatError(
+                f"{where}: the attention rule is mask {mask!r} with scale {scale!r}.",
+                f"A rule has a numeric scale and one of these masks: {', '.join(_RULES)}.",
+            )
+        windowed = mask in _WINDOWED
+        if windowed != (window is not None) or (window is not None and int(window) < 1):
+            raise FormatError(
+                f"{where}: mask {mask!r} with window {window!r}.",
+                f"A window, at least 1, belongs to these masks and no others: {', '.join(_WINDOWED)}.",
+            )
+        softcap = recorded.get("softcap")
+        return cls(
+            mask,
+            float(scale),
+            None if window is None else int(window),
+            None if softcap is None else float(softcap),
+        )
+
+    def allowed(self, query: Columns, key: Columns) -> Mask:
+        """Whether each query (row) may look at each key (column), both of one sample.
+
+        `key` must hold every token of the sample in order; blocks of image tokens are found from it.
+        """
+        return _RULES[self.mask](query, key, self.window or 0)
+
+    def key_stop(self, query: Columns, key: Columns) -> int:
+        """How many leading keys cover everything that these queries may look at."""
+        if self.mask not in _NEVER_AHEAD:
+            return len(key["position"])
+        return int(np.searchsorted(key["position"], query["position"].max(), side="right"))
+
+
+def read_rules(recorded: Mapping[str, Any], layers: NDArray[Any], where: str) -> dict[int, AttentionRule]:
+    """The rule of each layer, from the `attention` attribute of a q group, whose path is `where`.
+
+    In the vision encoder a sequence is one crop of one image, so "bidirectional" there is "per_image" on the
+    axis of all patches of a sample.
+
+    Raises
+    ------
+    FormatError  a layer has no rule, or one that `AttentionRule.parse` refuses.
+    """
+    rules = {}
+    for layer in map(int, layers):
+        if str(layer) not in recorded:
+            raise FormatError(
+                f"{where} has no attention rule for layer {layer}, only for {', '.join(recorded) or 'none'}.",
+                "Its attribute `attention` must name mask and scale of every layer: capture the run again.",
+            )
+        rule = AttentionRule.parse(recorded[str(layer)], f"{where}, layer {layer}")
+        if rule.mask == "bidirectional" and where.startswith("vision/"):
+            rule = replace(rule, mask="per_image")
+        rules[layer] = rule
+    return rules
+
+
+def _causal(query: Columns, key: Columns, window: int) -> Mask:
+    return np.asarray(key["position"][None, :] <= query["position"][:, None])
+
+
+def _everything(query: Columns, key: Columns, window: int) -> Mask:
+    return np.ones((len(query["position"]), len(key["position"])), bool)
+
+
+def _prefix(query: Columns, key: Columns, window: int) -> Mask:
+    in_prompt: Mask = _causal(query, key, window) | (key["kind"] != KIND["answer"])[None, :]
+    return in_prompt
+
+
+def _within_window(query: Columns, key: Columns, window: int) -> Mask:
+    return np.asarray(key["position"][None, :] > query["position"][:, None] - window)
+
+
+def _sliding_window(query: Columns, key: Columns, window: int) -> Mask:
+    return _causal(query, key, window) & _within_window(query, key, window)
+
+
+def _causal_image_blocks(query: Columns, key: Columns, window: int) -> Mask:
+    """Gemma 3 numbers each unbroken stretch of image tokens, whichever image or crop it shows."""
+    image = key["kind"] == KIND["image"]
+    starts = image & ~np.concatenate([[False], image[:-1]])
+    block_of_key = np.where(image, np.cumsum(starts), -1)
+    # The queries may be a few rows only, so theirs are looked up among the keys, which are complete.
+    block_of_query = block_of_key[np.searchsorted(key["position"], query["position"])]
+    same = (block_of_query[:, None] == block_of_key[None, :]) & (block_of_query >= 0)[:, None]
+    blocks: Mask = _causal(query, key, window) | same
+    return blocks
+
+
+def _sliding_window_image_blocks(query: Columns, key: Columns, window: int) -> Mask:
+    """The window also cuts image blocks that are longer than it, as transformers 5.23 does."""
+    return _causal_image_blocks(query, key, window) & _within_window(query, key, window)
+
+
+def _per_image(query: Columns, key: Columns, window: int) -> Mask:
+    return _equal(query, key, "image_index") & _equal(query, key, "tile")
+
+
+def _image_windows(query: Columns, key: Columns, window: int) -> Mask:
+    inside = _per_image(query, key, window)
+    for column in ("patch_row", "patch_col"):
+        inside &= query[column][:, None] // window == key[column][None, :] // window
+    return inside
+
+
+def _equal(query: Columns, key: Columns, column: str) -> Mask:
+    return np.asarray(query[column][:, None] == key[column][None, :])
+
+
+_RULES: dict[str, Callable[[Columns, Columns, int], Mask]] = {
+    "causal": _causal,
+    "bidirectional": _everything,
+    "prefix": _prefix,
+    "causal_image_blocks": _causal_image_blocks,
+    "sliding_window": _sliding_window,
+    "sliding_window_image_blocks": _sliding_window_image_blocks,
+    "image_windows": _image_windows,
+    "per_image": _per_image,
+    "cross": _everything,
+}
+_WINDOWED = ("sliding_window", "sliding_window_image_blocks", "image_windows")
+_NEVER_AHEAD = ("causal", "sliding_window")

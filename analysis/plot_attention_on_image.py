@@ -1,0 +1,185 @@
+"""Attention over image tokens, drawn on the image, each value on the pixels that its token covers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import DataError, DimensionError
+from mechanistic.store.schema import KIND
+
+from .attention_weights import pattern_of, plain_array
+from .palette import SEQUENTIAL, literal, new_axes, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BOX = ("box_x0", "box_y0", "box_x1", "box_y1")
+
+
+def plot_attention_on_image(
+    image: Any,
+    attention: Any,
+    *,
+    num_patches: int | None = None,
+    boxes: Any = None,
+    image_index: int = 0,
+    tile: int | None = None,
+    title: str = "",
+    alpha: float = 0.6,
+    ax: Axes | None = None,
+    save_path: str | Path | None = None,
+) -> tuple[Figure, Axes]:
+    """Overlay the attention of one query row on the image.
+
+    Parameters
+    ----------
+    image
+        A PIL image, a path, or an array or tensor (height, width, 3), (3, height, width) or (height, width).
+    attention (key,)
+        Weights of one query row. A DataArray or Dataset with the labels of `attention_pattern` brings the
+        pixel boxes of its tokens: the image tokens of image `image_index` (and `tile`, where it is cut into
+        several) are drawn on the true patch grid, whatever the model's resizing did.
+    num_patches
+        For a plain array: patches along one side of a square grid, or their total number.
+    boxes (key, 4)
+        For a plain array: x0, y0, x1, y1 of each token in pixels of `image`.
+    alpha
+        Opacity of the overlay, 0 to 1.
+
+    Raises
+    ------
+    DimensionError  more than one row, a number of weights that the grid does not have, several tiles and none
+                    chosen, or an image of another shape.
+    DataError       NaN, or no weight on this image.
+    """
+    if isinstance(attention, xr.Dataset):
+        attention = pattern_of(attention)
+    if isinstance(attention, xr.DataArray) and boxes is None and num_patches is None:
+        attention, boxes = _labelled(attention, image_index, tile)
+    weights = plain_array(attention)
+    if weights.ndim != 1 or not weights.size:
+        raise DimensionError(
+            f"one row of weights is drawn; this array has the shape {weights.shape}.",
+            "Pick a sample, a head and a query first, such as attention[0, 3, -1], or average heads.",
+        )
+    if np.isnan(weights).any():
+        raise DataError(
+            f"{np.isnan(weights).sum()} of {weights.size} weights are NaN.", "Pick another query."
+        )
+    pixels = image_pixels(image)
+    height, width = pixels.shape[:2]
+    places = _grid(weights.size, num_patches, width, height) if boxes is None else plain_array(boxes)
+    if places.shape != (weights.size, 4):
+        raise DimensionError(
+            f"{weights.size} weights, but boxes of the shape {places.shape}.",
+            "Give x0, y0, x1, y1 for each weight.",
+        )
+    figure, ax = new_axes(ax, _size(width, height))
+    ax.imshow(pixels, extent=(0, width, height, 0))
+    _overlay(figure, ax, weights, places, alpha)
+    ax.set(xlim=(0, width), ylim=(height, 0), xlabel="x (pixel)", ylabel="y (pixel)")
+    ax.set_title(literal(title), fontsize=10)
+    save(figure, save_path)
+    return figure, ax
+
+
+def image_pixels(image: Any) -> NDArray[Any]:
+    """An image of any usual kind as RGB (height, width, 3), float, 0 to 1.
+
+    Raises
+    ------
+    DimensionError  it is not an image of one or three (or four, with opacity) channels.
+    """
+    if isinstance(image, str | Path):
+        from PIL import Image
+
+        with Image.open(image) as opened:
+            image = opened.convert("RGB")
+    if hasattr(image, "convert"):
+        image = image.convert("RGB")
+    pixels = plain_array(image)
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
+        raise DimensionError(
+            f"an image has the shape (height, width, 3); this has {pixels.shape}.",
+            "Pass one image, such as pixel_values[0], a path, or a PIL image.",
+        )
+    scaled = pixels / 255 if pixels.dtype.kind in "iu" else pixels.astype(np.float64)
+    rgb = np.repeat(scaled, 3, axis=2) if pixels.shape[2] == 1 else scaled[..., :3]
+    if rgb.min() < 0 or rgb.max() > 1:
+        # A model's input is normalised; its colours are shown over their own range.
+        rgb = (rgb - rgb.min()) / (rgb.max() - rgb.min())
+    return np.asarray(rgb)
+
+
+def _overlay(figure: Figure, ax: Axes, weights: NDArray[Any], places: NDArray[Any], alpha: float) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    cells = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places.tolist()]
+    overlay = PatchCollection(cells, cmap=SEQUENTIAL, alpha=alpha, linewidth=0, antialiased=False)
+    overlay.set_array(weights)
+    overlay.set_clim(0, float(weights.max()) or 1.0)
+    ax.add_collection(overlay)
+    figure.colorbar(overlay, ax=ax, label="attention weight (share of the row)")
+
+
+def _labelled(row: xr.DataArray, image_index: int, tile: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The weights on one image's tokens and their pixel boxes, from the labels of the keys."""
+    row = row.squeeze()
+    prefix = "key_" if "key_kind" in row.coords else ""
+    names = ("kind", "image_index", "tile", *BOX)
+    missing = [name for name in names if prefix + name not in row.coords]
+    if row.ndim != 1 or missing:
+        raise DimensionError(
+            f"one labelled row is drawn; this has the dimensions {', '.join(map(str, row.dims))}"
+            + (f" and no labels {', '.join(missing)}." if missing else "."),
+            "Take attention_pattern(run, sample=, layer=, head=, query='last'), or pass num_patches=.",
+        )
+    label = {name: np.asarray(row[prefix + name].values) for name in names}
+    boxes = np.stack([label[name].astype(np.float64) for name in BOX], axis=1)
+    drawn = (label["kind"] == KIND["image"]) & (label["image_index"] == image_index)
+    drawn &= np.isfinite(boxes).all(axis=1)
+    tiles = np.unique(label["tile"][drawn])
+    if tile is None and len(tiles) > 1:
+        raise DimensionError(
+            f"this image is cut into the tiles {', '.join(map(str, tiles))}, which overlap.",
+            f"Draw one of them: tile={tiles[0]}.",
+        )
+    if tile is not None:
+        drawn &= label["tile"] == tile
+    if not drawn.any():
+        raise DataError(
+            f"no key is a token of image {image_index}" + ("." if tile is None else f", tile {tile}."),
+            "The labels image_index and tile of the keys tell which there are.",
+        )
+    return np.asarray(row.values)[drawn], boxes[drawn]
+
+
+def _grid(count: int, num_patches: int | None, width: int, height: int) -> NDArray[np.float64]:
+    """Boxes of a square grid, row by row."""
+    side = math.isqrt(count)
+    if side * side != count or (num_patches is not None and num_patches not in (side, count)):
+        wanted = "a square grid" if num_patches is None else f"a grid of num_patches={num_patches}"
+        raise DimensionError(
+            f"{count} weights do not fill {wanted}.",
+            "Drop CLS and text tokens first, or pass boxes=, the pixels of each token.",
+        )
+    rows, columns = np.divmod(np.arange(count), side)
+    x, y = width / side, height / side
+    return np.stack([columns * x, rows * y, (columns + 1) * x, (rows + 1) * y], axis=1)
+
+
+def _size(width: int, height: int) -> tuple[float, float]:
+    aspect = min(max(height / width, 0.3), 3.0)
+    return (5.4, 4.2 * aspect + 0.5) if aspect <= 1 else (4.2 / aspect + 1.4, 4.6)

@@ -1,0 +1,199 @@
+"""The tasks that compute dissimilarity matrices of every layer from blocks of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+from numpy.typing import NDArray
+
+from .noise_covariance import (
+    GroupSums,
+    Scatter,
+    Shrinkage,
+    add_group_sums,
+    add_scatter,
+    shrunk_covariance,
+    whitener,
+)
+from .rdm_kernels import Patterns, correlation_block, correlation_patterns, distance_block, distance_patterns
+from .representation_rows import BLOCK_ROWS, RowBlocks, finite_rows
+
+
+@dataclass(frozen=True)
+class RdmPlan:
+    """What each row is: its sample, condition `code`, `partition` (of `parts`) and group of the `noise`.
+
+    `averaged` says that patterns are means over rows, not the rows themselves; `noise` is None where features
+    are not whitened; `names` are the conditions', `layers` the layers' true numbers.
+    """
+
+    metric: str
+    layers: tuple[int, ...]
+    samples: NDArray[np.int64]
+    names: NDArray[Any]
+    code: NDArray[np.int64]
+    partition: NDArray[np.int64]
+    parts: int
+    averaged: bool
+    noise: NDArray[np.int64] | None
+    shrinkage: Shrinkage
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+def dissimilarity_blocks(blocks: RowBlocks, plan: RdmPlan) -> list[Any]:
+    """One lazy matrix (condition, condition) a layer, of blocks on and above the diagonal and their mirror images."""
+    shared = dask.delayed(plan, traverse=False)
+    dtype = np.result_type(blocks.values.dtype, np.float32)
+    return [_layer(blocks, plan, shared, place, dtype) for place in range(len(plan.layers))]
+
+
+def _layer(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int, dtype: Any) -> Any:
+    whiten = _whitener(blocks, plan, shared, place)
+    if plan.averaged:
+        means = _means(blocks, plan, shared, place)
+        shift = dask.delayed(_shift_of_means)(means)
+        starts = [*range(0, plan.count, BLOCK_ROWS), plan.count]
+        patterns = [
+            dask.delayed(_patterns_of_means)(means, start, stop, shift, whiten, shared, place)
+            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+        ]
+        held = True
+    else:
+        starts, held = blocks.starts, blocks.held
+        shift = dask.delayed(_shift_of_rows)(blocks.of(place)[0])
+        patterns = _row_patterns(blocks, starts, shift, whiten, shared, place)
+    sizes = np.diff(starts)
+    grid: list[list[Any]] = [[None] * len(sizes) for _ in sizes]
+    for first in range(len(sizes)):
+        if not held and first:
+            patterns = _row_patterns(blocks, starts, shift, whiten, shared, place)
+        for second in range(first, len(sizes)):
+            task = dask.delayed(_block)(patterns[first], patterns[second], first == second, plan.metric)
+            block = da.from_delayed(task, (sizes[first], sizes[second]), dtype)
+            grid[first][second] = block
+            if first != second:
+                grid[second][first] = block.T
+    return da.block(grid)
+
+
+def _row_patterns(
+    blocks: RowBlocks, starts: list[int], shift: Any, whiten: Any, shared: Any, place: int
+) -> list[Any]:
+    return [
+        dask.delayed(_patterns_of_rows)(block, start, shift, whiten, shared, place)
+        for start, block in zip(starts, blocks.of(place), strict=False)
+    ]
+
+
+def _means(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int) -> Any:
+    """Delayed means (partition, condition, feature)."""
+    sums = None
+    for start, block in zip(blocks.starts, blocks.of(place), strict=False):
+        sums = dask.delayed(_add_cells)(block, start, shared, place, sums)
+    return dask.delayed(_finish_means)(sums, shared, np.result_type(blocks.values.dtype, np.float32))
+
+
+def _whitener(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int) -> Any:
+    if plan.noise is None:
+        return None
+    sums = None
+    for start, block in zip(blocks.starts, blocks.of(place), strict=False):
+        sums = dask.delayed(_add_noise_groups)(block, start, shared, place, sums)
+    centres = dask.delayed(GroupSums.means)(sums)
+    scatter = None
+    for start, block in zip(blocks.starts, blocks.of(place), strict=False):
+        scatter = dask.delayed(_add_residuals)(block, start, centres, shared, place, scatter)
+    return dask.delayed(_finish_whitener)(scatter, shared, place)
+
+
+def _rows(block: NDArray[Any], start: int, plan: RdmPlan, place: int) -> tuple[NDArray[Any], slice]:
+    span = slice(start, start + block.shape[1])
+    return finite_rows(block, plan.samples[span], plan.layers[place]), span
+
+
+def _add_cells(
+    block: NDArray[Any], start: int, plan: RdmPlan, place: int, before: GroupSums | None
+) -> GroupSums:
+    rows, span = _rows(block, start, plan, place)
+    cell = plan.partition[span] * plan.count + plan.code[span]
+    return add_group_sums(rows, cell, plan.parts * plan.count, before)
+
+
+def _finish_means(sums: GroupSums, plan: RdmPlan, dtype: Any) -> NDArray[Any]:
+    return sums.means().astype(dtype).reshape(plan.parts, plan.count, -1)
+
+
+def _add_noise_groups(
+    block: NDArray[Any], start: int, plan: RdmPlan, place: int, before: GroupSums | None
+) -> GroupSums:
+    rows, span = _rows(block, start, plan, place)
+    assert plan.noise is not None
+    return add_group_sums(rows, plan.noise[span], int(plan.noise.max()) + 1, before)
+
+
+def _add_residuals(
+    block: NDArray[Any],
+    start: int,
+    centres: NDArray[np.float64],
+    plan: RdmPlan,
+    place: int,
+    before: Scatter | None,
+) -> Scatter:
+    rows, span = _rows(block, start, plan, place)
+    assert plan.noise is not None
+    return add_scatter(rows, plan.noise[span], centres, before)
+
+
+def _finish_whitener(scatter: Scatter, plan: RdmPlan, place: int) -> NDArray[np.float64]:
+    assert plan.noise is not None
+    groups = int(plan.noise.max()) + 1
+    covariance = shrunk_covariance(scatter, groups=groups, shrinkage=plan.shrinkage)
+    return whitener(covariance, plan.layers[place])
+
+
+def _shift_of_means(means: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(means.mean(axis=(0, 1), dtype=np.float64))
+
+
+def _shift_of_rows(block: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(block[0].mean(axis=0, dtype=np.float64))
+
+
+def _patterns_of_means(
+    means: NDArray[Any],
+    start: int,
+    stop: int,
+    shift: NDArray[np.float64],
+    whiten: NDArray[np.float64] | None,
+    plan: RdmPlan,
+    place: int,
+) -> Patterns:
+    values = means[:, start:stop]
+    if plan.metric == "correlation":
+        return correlation_patterns(values[0], plan.layers[place], plan.names[start:stop])
+    return distance_patterns(values, shift, whiten)
+
+
+def _patterns_of_rows(
+    block: NDArray[Any],
+    start: int,
+    shift: NDArray[np.float64],
+    whiten: NDArray[np.float64] | None,
+    plan: RdmPlan,
+    place: int,
+) -> Patterns:
+    rows, span = _rows(block, start, plan, place)
+    if plan.metric == "correlation":
+        return correlation_patterns(rows, plan.layers[place], plan.names[span])
+    return distance_patterns(rows[None], shift, whiten)
+
+
+def _block(first: Patterns, second: Patterns, same: bool, metric: str) -> NDArray[Any]:
+    return (correlation_block if metric == "correlation" else distance_block)(first, second, same)

@@ -1,0 +1,163 @@
+"""The rows that an analysis of representations reads: one array (layer, row, feature) with its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.graph_manipulation import clone
+from numpy.typing import NDArray
+
+from mechanistic.store import site as site_of
+from mechanistic.store import sites
+from mechanistic.store.errors import DataError, DimensionError
+from mechanistic.store.schema import STATUS
+
+from .splits import with_samples
+from .token_selection import select_layers, select_tokens
+
+MAX_BYTES = 256 << 20
+BLOCK_ROWS = 2048
+BLOCK_BYTES = 64 << 20
+
+Representations = xr.DataTree | xr.Dataset | xr.DataArray
+
+
+def representation_rows(
+    data: Representations,
+    *,
+    site: str = "text/resid_post",
+    tokens: str | None = "last",
+    layer: int | Sequence[int] | None = None,
+    labels: Iterable[str] = (),
+) -> xr.DataArray:
+    """Choose the rows of a run, or check that an array already is such rows; lazy.
+
+    Parameters
+    ----------
+    data
+        A run; or a Dataset with one floating array (layer, row, feature), or that array itself, whose
+        coordinates on the row axis are its labels.
+    site, tokens, layer
+        Which rows of a run, see `select_tokens`; rows of failed samples are left out.
+    labels
+        Columns of samples/ to attach to the rows of a run.
+
+    Returns
+    -------
+    array (layer, row, feature) with `sample_index` on its row axis wherever samples are known.
+
+    Raises
+    ------
+    MissingSiteError, SpecificationError
+                    no such site, layer or token selection.
+    DimensionError  no such label, or the array is not (layer, row, feature).
+    """
+    rows = _from_run(data, site, tokens, labels) if isinstance(data, xr.DataTree) else data
+    array = rows if isinstance(rows, xr.DataArray) else _only_array(rows)
+    if array.ndim != 3 or array.dims[0] != "layer":
+        raise DimensionError(
+            f"these representations have the dimensions {', '.join(map(str, array.dims))}, not layer, row, feature.",
+            "Choose one head (isel(head=0)), or make one feature axis: stack(feature=['head', 'd_head']).",
+        )
+    named = array.to_dataset(name="representation")
+    for name in labels:
+        if name not in named.variables or named[name].dims != (array.dims[1],):
+            held = [str(key) for key, coord in array.coords.items() if coord.dims == (array.dims[1],)]
+            raise DimensionError(
+                f"these rows have no label '{name}'; they have {', '.join(held) or 'none'}.",
+                "Attach it as a coordinate of the rows, or pass the run and name a column of its samples.",
+            )
+    if array.dims[1] == "sample" and "sample_index" not in array.coords:
+        named = named.assign_coords(sample_index=("sample", np.arange(array.sizes["sample"])))
+    return select_layers(named, layer)["representation"]
+
+
+def _from_run(run: xr.DataTree, site: str, tokens: str | None, labels: Iterable[str]) -> xr.Dataset:
+    # The last prompt token, the commonest read, has a small group of its own where it was captured.
+    name = f"{site}_last" if tokens == "last" and f"{site}_last" in sites(run) else site
+    rows = site_of(run, name)
+    if name == site:
+        rows = select_tokens(rows, tokens)
+    columns = [label for label in dict.fromkeys((*labels, "status")) if label not in rows.variables]
+    held = run["samples"].to_dataset(inherit=False).variables
+    rows = with_samples(rows, run, [name for name in columns if name in held or name != "status"])
+    if "sample_index" not in rows.variables:
+        rows = rows.assign_coords(sample_index=("sample", np.arange(rows.sizes["sample"], dtype=np.int32)))
+    if "status" not in rows.variables:
+        return rows
+    good = np.asarray(rows["status"].values) == STATUS["ok"]
+    axis = str(rows["status"].dims[0])
+    return (rows if good.all() else rows.isel({axis: np.flatnonzero(good)})).drop_vars("status")
+
+
+def _only_array(rows: xr.Dataset) -> xr.DataArray:
+    arrays = [array for array in rows.data_vars.values() if array.dtype.kind == "f" and "layer" in array.dims]
+    if len(arrays) != 1:
+        held = ", ".join(f"{array.name} {tuple(array.dims)}" for array in arrays) or "none"
+        raise DimensionError(
+            f"these data must hold one floating array (layer, row, feature); they hold {held}.",
+            "Pass the array itself: dataset['name'].",
+        )
+    return arrays[0]
+
+
+def sample_numbers(rows: xr.DataArray) -> NDArray[np.int64]:
+    """The row in samples/ of each row, or its own number where samples are not known."""
+    if "sample_index" in rows.coords:
+        return np.asarray(rows["sample_index"].values).astype(np.int64)
+    return np.arange(rows.shape[1])
+
+
+def layer_numbers(rows: xr.DataArray) -> list[int]:
+    """The true layer numbers, or positions where there are none."""
+    if "layer" in rows.coords:
+        return [int(number) for number in rows["layer"].values]
+    return list(range(rows.sizes["layer"]))
+
+
+class RowBlocks:
+    """Blocks (1, row, feature) of each layer, small enough to hold a few; delayed.
+
+    `of(layer)` gives the blocks of a layer to one consumer. While a layer's rows fit `max_bytes` every consumer
+    shares them; beyond that each reads them again, so that nothing is held.
+    """
+
+    def __init__(self, values: Any, max_bytes: int) -> None:
+        layers, count, width = values.shape
+        size = int(np.clip(BLOCK_BYTES // (4 * max(1, width)), 64, BLOCK_ROWS))
+        self.values = da.asarray(values).rechunk({0: 1, 1: min(size, max(1, count)), 2: -1})
+        self.starts = [0, *np.cumsum(self.values.chunks[1]).tolist()]
+        self.held = 4 * count * width <= max_bytes
+        self._shared = self.values.to_delayed() if self.held else None
+
+    def of(self, layer: int) -> list[Any]:
+        """The delayed blocks of one layer, by its place on the layer axis."""
+        if self._shared is not None:
+            return list(self._shared[layer, :, 0])
+        return list(clone(self.values[layer : layer + 1]).to_delayed()[0, :, 0])
+
+
+def finite_rows(block: NDArray[Any], samples: NDArray[np.int64], layer: int) -> NDArray[Any]:
+    """A block (1, row, feature) as rows in at least single precision.
+
+    Raises
+    ------
+    DataError  a value is NaN or infinite; names layer and sample.
+    """
+    values = np.asarray(block[0], np.result_type(block.dtype, np.float32))
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = values @ np.ones(values.shape[1], values.dtype)
+    suspects = np.flatnonzero(~np.isfinite(sums))
+    bad = suspects[~np.isfinite(values[suspects]).all(axis=1)]
+    if bad.size:
+        names = np.unique(samples[bad])
+        named = ", ".join(map(str, names[:5].tolist())) + (", ..." if len(names) > 5 else "")
+        raise DataError(
+            f"layer {layer} holds NaN or infinity in {bad.size} rows, of sample {named}.",
+            "Capture these samples again (half precision overflows at 65504), or leave them out.",
+        )
+    return values

@@ -1,0 +1,40 @@
+"""Model + dataset -> run. Names load on first use, so that importing this package costs no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dataset import Dataset, Sample
+    from .job import CaptureSummary, capture_run, price_run
+    from .models import LoadedModel, load_model
+    from .shapes import Shapes
+
+_HOMES = {
+    "Dataset": "dataset",
+    "Sample": "dataset",
+    "CaptureSummary": "job",
+    "capture_run": "job",
+    "price_run": "job",
+    "LoadedModel": "models",
+    "load_model": "models",
+    "Shapes": "shapes",
+}
+
+__all__ = [
+    "CaptureSummary",
+    "Dataset",
+    "LoadedModel",
+    "Sample",
+    "Shapes",
+    "capture_run",
+    "load_model",
+    "price_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,174 @@
+"""Where things are in a model: its stacks of layers, their head counts, the final norm and the unembedding.
+
+Found from the tree of modules and its configurations alone, so that it costs no forward and works on the meta
+device. What it says about shapes is proven by the forward at attach (proof.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mechanistic.store.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of layers of one kind. Layer numbers count from 0 in forward order."""
+
+    name: str
+    path: str
+    layers: tuple[nn.Module, ...]
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+
+    @property
+    def axis(self) -> str:
+        """The token dimension of this stack in a run."""
+        return "patch" if self.name == "vision" else "token"
+
+    def module_layers(self) -> dict[nn.Module, int]:
+        """The layer number of every module inside a layer."""
+        return {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The stacks of a model by name, and what turns the decoder's last residual into logits."""
+
+    stacks: Mapping[str, Stack]
+    final_norm: nn.Module | None
+    unembedding: nn.Module | None
+    image_token_id: int | None
+
+    def stack(self, name: str) -> Stack:
+        """The stack called `name`. ModelError names those that the model has."""
+        if name not in self.stacks:
+            raise ModelError(
+                f"This model has no {name} stack.",
+                f"It has: {', '.join(self.stacks)}. Choose sites of those.",
+            )
+        return self.stacks[name]
+
+
+def find_anatomy(model: Any) -> Anatomy:
+    """Find the stacks of a transformers model.
+
+    Raises
+    ------
+    ModelError    something could not be established; the message lists all of it.
+    """
+    unknown: list[str] = []
+    roots = _stack_roots(model)
+    stacks: dict[str, Stack] = {}
+    for name, root in roots.items():
+        stack = _find_stack(model, name, root, unknown)
+        if stack is not None:
+            stacks[name] = stack
+    if not roots:
+        unknown.append("neither a text decoder nor an image encoder")
+    decoder = roots.get("text")
+    norm = _final_norm(decoder, stacks["text"]) if decoder is not None and "text" in stacks else None
+    unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    image_token = image_token_id(model)
+    if len(roots) > 1 and image_token is None:
+        unknown.append("the id of the image token (config.image_token_id)")
+    if unknown:
+        raise ModelError(
+            f"{type(model).__name__}: could not establish {'; '.join(unknown)}.",
+            "This architecture needs an adapter; until it has one, nothing of it is captured.",
+        )
+    return Anatomy(stacks, norm, unembedding, image_token)
+
+
+def image_token_id(model: Any) -> int | None:
+    """The id of the placeholder that image features replace, from the configuration."""
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def module_path(model: nn.Module, module: nn.Module) -> str:
+    """The dotted path of `module` inside `model`."""
+    paths: dict[nn.Module, str] = {candidate: name for name, candidate in model.named_modules()}
+    return paths[module]
+
+
+def _stack_roots(model: Any) -> dict[str, nn.Module]:
+    bases: tuple[Any, ...] = (model, getattr(model, "base_model", None))
+    only_images = tuple(getattr(model, "input_modalities", ())) == ("image",) or (
+        getattr(model, "main_input_name", "") == "pixel_values" and not hasattr(model.config, "text_config")
+    )
+    if only_images:
+        return {"vision": model}
+    roots = {"text": model.get_decoder()}
+    encoder = model.get_encoder(modality="image")
+    if not any(encoder is base for base in bases) and encoder is not roots["text"]:
+        roots["vision"] = encoder
+    return roots
+
+
+def _find_stack(model: nn.Module, name: str, root: nn.Module, unknown: list[str]) -> Stack | None:
+    lists = _layer_lists(root)
+    if len(lists) != 1:
+        what = "no list of layers" if not lists else f"{len(lists)} lists of layers ({', '.join(lists)})"
+        unknown.append(
+            f"the {name} stack: {what} with attention under {module_path(model, root) or 'the model'}"
+        )
+        return None
+    inner, layers = next(iter(lists.items()))
+    path = ".".join(part for part in (module_path(model, root), inner) if part)
+    config: Any = getattr(root, "config", None)
+    config = config.get_text_config() if name == "text" and hasattr(config, "get_text_config") else config
+    width = _first(config, "hidden_size", "n_embd", "embed_dim", "d_model")
+    heads = _first(config, "num_attention_heads", "n_head", "num_heads")
+    if width is None or heads is None:
+        unknown.append(f"the width and number of heads of the {name} stack")
+        return None
+    attention = next(module for module in layers[0].modules() if is_attention(module))
+    head_width = _first(config, "head_dim") or _first(attention, "head_dim") or width // heads
+    kv_heads = _first(config, "num_key_value_heads") or heads
+    return Stack(name, path, tuple(layers), width, heads, kv_heads, head_width)
+
+
+def _layer_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """ModuleLists whose members attend, the outermost ones only."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if inside or not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(is_attention(part) for part in module[0].modules()):
+            found[name] = module
+    return found
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is attention by its class's name, which every architecture keeps to."""
+    return "attention" in type(module).__name__.lower()
+
+
+def _final_norm(decoder: nn.Module, stack: Stack) -> nn.Module | None:
+    """The one norm that is a direct child of the module that holds the layers."""
+    holders = [
+        module for module in decoder.modules() if any(child is stack.layers[0] for child in _members(module))
+    ]
+    if len(holders) != 1:
+        return None
+    norms = [child for child in holders[0].children() if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else None
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    return [part for child in module.children() if isinstance(child, nn.ModuleList) for part in child]
+
+
+def _first(source: Any, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(source, name, None), int)), None)

@@ -1,0 +1,143 @@
+"""The command that captures: model + dataset -> run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from .dataset_names import NAMES, open_dataset
+from .specification import ATTENTION_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
+
+_EPILOG = f"""\
+sites: what to keep, as stack.layers.site{{heads}}[tokens]:dtype
+  stack    text (the decoder) or vision (the image encoder)
+  layers   * for all, 5, 8-20, 0+3+8-10; layer 5 is the one with index 5, counted from 0
+  site     {", ".join(RESIDUAL_SITES)}: the residual stream and what adds to it
+           {", ".join(ATTENTION_SITES)}: queries and keys after rotary positions, values, head outputs
+  heads    {{0+3}}, {{4-7}}; absent: all
+  tokens   {", ".join(TOKENS)}, joined with +; absent: all
+           text is everything that is not an image token; last is the last prompt token
+  dtype    float16 or float32; absent: the model's own (bfloat16 is kept exactly, as float32)
+  Quote them, since shells read * and [ ] themselves. Attention patterns are rebuilt from q and k.
+  Default: {" ".join(repr(site) for site in DEFAULT_SITES)}
+
+an output folder that exists: an unfinished run of the same job is continued, a finished one is left as it is
+(exit code 0), anything else is refused (exit code 2).
+
+examples:
+  mechanistic capture --model-name spatial-tiny --dataset shapes --num-samples 400 --output-dir run
+  mechanistic capture --model-name llava1.5 --dataset shapes --output-dir run --device cuda --dtype float16 \\
+      --sites 'text.*.resid_post[last+subject+object]' 'text.8-20.q[text]' 'text.8-20.k' --plan
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Mount `capture`."""
+    parser = commands.add_parser(
+        "capture",
+        help="run a model over a dataset and keep what it computes",
+        description="Run a vision-language model over a dataset, once, and keep what it computes as a run: "
+        "labelled tensors of chosen sites, layers and tokens, with answers and their correctness.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _what(parser.add_argument_group("what to capture"))
+    _how(parser.add_argument_group("how to run"))
+    parser.set_defaults(run_command=_capture)
+
+
+def _what(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model-name",
+        required=True,
+        metavar="NAME",
+        help="spatial-tiny (bundled), another known name, a folder, or a hub id such as owner/model",
+    )
+    group.add_argument("--dataset", required=True, metavar="NAME", help=f"the questions: {', '.join(NAMES)}")
+    group.add_argument("--output-dir", required=True, metavar="RUN", help="folder of the run")
+    group.add_argument(
+        "--num-samples", type=_positive, metavar="N", help="only the first N samples (default: all)"
+    )
+    group.add_argument("--sites", nargs="+", metavar="SITE", help="what to keep, see below")
+    group.add_argument("--no-images", action="store_true", help="do not store the images in the run")
+    group.add_argument("--seed", type=int, default=0, help="seed of the dataset (default: 0)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=8,
+        metavar="N",
+        help="longest answer to generate, greedily; 0 for none (default: 8)",
+    )
+
+
+def _how(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--plan", action="store_true", help="print what every site costs on disk, and capture nothing"
+    )
+    group.add_argument("--yes", action="store_true", help="go on although the run will exceed 100 GB")
+    group.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="samples a forward (default: 8)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="what the model computes in (default: as its weights are stored)",
+    )
+    group.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
+    group.add_argument(
+        "--device-map", metavar="MAP", help="spread the model over devices, such as auto; instead of --device"
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    group.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _capture(args: argparse.Namespace) -> int:
+    """Run the command; errors are the caller's to print."""
+    parse_sites(args.sites)
+    dataset = open_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed)
+    loading: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("dtype", "device", "device_map", "revision", "trust_remote_code")
+        if getattr(args, name)
+    }
+    # torch and transformers load here, after everything that can be refused without them.
+    import transformers
+
+    from .job import capture_run, price_run
+
+    if args.quiet or not sys.stderr.isatty():
+        library: Any = transformers
+        library.utils.logging.disable_progress_bar()
+
+    settings: dict[str, Any] = {
+        "sites": args.sites,
+        "max_new_tokens": args.max_new_tokens,
+        "images": not args.no_images,
+        **loading,
+    }
+    if args.plan:
+        print(price_run(args.model_name, dataset, args.output_dir, **settings).table())
+        return 0
+    done = capture_run(
+        args.model_name,
+        dataset,
+        args.output_dir,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        yes=args.yes,
+        quiet=args.quiet,
+        **settings,
+    )
+    print(done.message())
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number

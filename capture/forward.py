@@ -1,0 +1,209 @@
+"""The captured forward: every wanted tensor, cut to the wanted rows, as labelled arrays on the host."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mechanistic.store.errors import CaptureError
+
+from .answers import to_device
+from .batch import Batch
+from .mask_rules import MaskRule, SequenceLayout, check_rule
+from .models import LoadedModel
+from .residual import Halves, residual_hooks
+from .sites import ResolvedSite
+from .specification import RESIDUAL_SITES
+from .tap import AttentionCall, tapped
+from .token_table import joined, select
+
+Array = NDArray[Any]
+# (row of the tensor's batch axis, position on its token axis) of each wanted token.
+Where = tuple[Tensor, Tensor]
+
+
+class Collector:
+    """Takes tensors as they come out of a forward and keeps the wanted rows of the wanted layers."""
+
+    def __init__(self, sites: Sequence[ResolvedSite], batch: Batch, device: torch.device) -> None:
+        self.sites = {(site.stack.name, site.spec.site): [] for site in sites}  # type: dict[tuple[str, str], list[ResolvedSite]]
+        self.where: dict[str, Where] = {}
+        self.arrays: dict[str, Array] = {}
+        self._missing: set[tuple[str, int]] = set()
+        for site in sites:
+            self.sites[site.stack.name, site.spec.site].append(site)
+            where = rows_of(site, batch)
+            self.where[site.group] = (where[0].to(device), where[1].to(device))
+            shape = (len(site.layers), len(where[0]), *site.row_shape)
+            self.arrays[site.group] = np.empty(shape, site.dtype)
+            # Samples without images have no encoder forward.
+            self._missing |= {(site.group, layer) for layer in site.layers if len(where[0])}
+
+    def take(self, stack: str, layer: int, name: str, tensor: Tensor) -> None:
+        """Keep what is wanted of one tensor (batch, token, ...)."""
+        for site in self.sites.get((stack, name), ()):
+            if layer not in site.layers:
+                continue
+            if (site.group, layer) not in self._missing:
+                raise CaptureError(
+                    f"{stack}.{layer}.{name} came out of one forward twice.",
+                    "This architecture needs an adapter; until it has one, leave this site out.",
+                )
+            batch, position = self.where[site.group]
+            rows = tensor[batch.to(tensor.device), position.to(tensor.device)]
+            if site.heads is not None and len(site.heads) != rows.shape[1]:
+                rows = rows[:, list(site.heads)]
+            self.arrays[site.group][site.layers.index(layer)] = to_host(rows, site, layer)
+            self._missing.remove((site.group, layer))
+
+    def finish(self) -> dict[str, Array]:
+        """The arrays by group. CaptureError unless every wanted layer was seen."""
+        if self._missing:
+            group, layer = sorted(self._missing)[0]
+            raise CaptureError(
+                f"{group}: layer {layer} was not seen in the forward ({len(self._missing)} missing in all).",
+                "The model skips layers or attends by code of its own; leave this site out.",
+            )
+        return self.arrays
+
+
+def rows_of(site: ResolvedSite, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where the wanted tokens of a site are in the tensors of this batch, in the order of the run."""
+    if site.stack.name != "vision":
+        chosen = [np.flatnonzero(select(columns, site.spec.tokens)) for columns in batch.decoder]
+        sample = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+        return torch.from_numpy(sample), torch.from_numpy(np.concatenate(chosen))
+    # The encoder's batch axis runs over images, in the order of the samples and of the images within each.
+    image, position, seen = [], [], 0
+    for columns in batch.encoder:
+        index = columns["image_index"].astype(np.int64)
+        first = np.searchsorted(index, index)
+        wanted = np.flatnonzero(select(columns, site.spec.tokens))
+        image.append(index[wanted] + seen)
+        position.append((np.arange(len(index)) - first)[wanted])
+        seen += int(index.max(initial=-1)) + 1
+    return torch.from_numpy(np.concatenate(image)), torch.from_numpy(np.concatenate(position))
+
+
+def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
+    """Copy to numpy in the stored dtype; a cast that would make a finite value infinite is refused."""
+    stored = rows.to(getattr(torch, site.dtype))
+    if (
+        site.dtype == "float16"
+        and rows.dtype != torch.float16
+        and not bool((torch.isfinite(stored) | ~torch.isfinite(rows)).all())
+    ):
+        raise CaptureError(
+            f"{site.stack.name}.{layer}.{site.spec.site} has values up to {float(rows.abs().max()):.3g}, "
+            "which float16 cannot hold.",
+            f"Store this site as float32: {site.spec.to_string().removesuffix(':float16')}:float32.",
+        )
+    return stored.cpu().numpy()
+
+
+def capture_forward(
+    loaded: LoadedModel,
+    batch: Batch,
+    sites: Sequence[ResolvedSite],
+    halves: Mapping[str, Halves | None],
+    rules: Mapping[str, Mapping[int, MaskRule]],
+) -> tuple[dict[str, Array], NDArray[np.float32] | None]:
+    """One forward over prompt and answer.
+
+    Returns the arrays of every site by group, (layer, row, ...), and the logits at each sample's last prompt
+    token, (sample, vocabulary), where the model has any.
+
+    Raises
+    ------
+    CaptureError    a layer was not seen, a mask is not what was proven, or a cast would overflow.
+    """
+    collector = Collector(sites, batch, loaded.model.device)
+    layer_of = {
+        module: (stack.name, layer)
+        for stack in loaded.anatomy.stacks.values()
+        for module, layer in stack.module_layers().items()
+    }
+    wanted_calls = {(site.stack.name, site.spec.site) for site in sites if site.heads is not None}
+    checked: list[tuple[Tensor | None, MaskRule]] = []
+    sequences = batch.sequences
+
+    def attended(call: AttentionCall) -> None:
+        stack, layer = layer_of.get(call.module, ("", -1))
+        if not any(name == stack for name, _ in wanted_calls):
+            return
+        rule = rules[stack][layer]
+        layouts = sequences if stack == "text" else _whole(call)
+        # Layers share mask tensors: each is compared with a rule once.
+        if not any(mask is call.mask and known == rule for mask, known in checked):
+            check_rule(rule, call, layouts, f"{stack}.{layer}")
+            checked.append((call.mask, rule))
+        take_attention(collector, stack, layer, call)
+
+    with ExitStack() as active:
+        if wanted_calls:
+            active.enter_context(tapped(loaded.model, attended))
+        for stack in loaded.anatomy.stacks.values():
+            wanted = {
+                name: sorted({layer for site in group for layer in site.layers})
+                for (owner, name), group in collector.sites.items()
+                if owner == stack.name and name in RESIDUAL_SITES
+            }
+            hooks = residual_hooks(stack, wanted, halves.get(stack.name), collector.take)
+            active.enter_context(hooks)
+        logits = last_prompt_logits(loaded.model, batch)
+    return collector.finish(), logits
+
+
+def take_attention(collector: Collector, stack: str, layer: int, call: AttentionCall) -> None:
+    """Hand the parts of one attention call to the collector, each as (batch, token, head, d_head)."""
+    collector.take(stack, layer, "q", call.query.transpose(1, 2))
+    collector.take(stack, layer, "k", call.key.transpose(1, 2))
+    collector.take(stack, layer, "v", call.value.transpose(1, 2))
+    collector.take(stack, layer, "z", call.output)
+
+
+def _whole(call: AttentionCall) -> list[SequenceLayout]:
+    """Encoder sequences have no padding, no answer and no image blocks."""
+    tokens = call.query.shape[2]
+    return [SequenceLayout(np.full(tokens, -1, np.int16), tokens)] * call.query.shape[0]
+
+
+def last_prompt_logits(model: Any, batch: Batch) -> NDArray[np.float32] | None:
+    """Run the forward; logits of the last prompt token of each sample, None for a model without any."""
+    wanted, row_in_kept = np.unique(batch.last_prompt, return_inverse=True)
+    arguments: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    keep = takes(model, "logits_to_keep")
+    if keep:
+        # Logits of the whole vocabulary for every token would be the largest tensor by far.
+        arguments["logits_to_keep"] = torch.from_numpy(wanted).to(model.device)
+    with torch.no_grad():
+        output = model(**to_device(batch.inputs, model), **arguments)
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None:
+        return None
+    places = torch.from_numpy(row_in_kept if keep else batch.last_prompt).to(logits.device)
+    chosen = logits[torch.arange(len(places), device=logits.device), places]
+    result: NDArray[np.float32] = chosen.float().cpu().numpy()
+    return result
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def site_rows(site: ResolvedSite, batch: Batch) -> dict[str, Array]:
+    """The labels of a site's rows, in the same order as its array's."""
+    if site.axis == "sample":
+        return {}
+    tables = batch.encoder if site.stack.name == "vision" else batch.decoder
+    whole = joined(tables)
+    kept = select(whole, site.spec.tokens)
+    return {name: values[kept] for name, values in whole.items()}

@@ -1,0 +1,182 @@
+"""From a sample to the model's own prompt, and to processor inputs with the characters of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mechanistic.store.errors import CaptureError, ModelError
+
+from .dataset import Sample
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The exact text, with one placeholder an image, and where the question stands in it."""
+
+    text: str
+    question: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """A batch of prompts as the model takes them, padded on the right.
+
+    `offsets` (token, 2) of each prompt count characters of its question, from the question's first; tokens
+    before it have negative ends, so no span of the question contains them.
+    """
+
+    inputs: Inputs
+    lengths: NDArray[np.int64]
+    offsets: list[NDArray[np.int64]]
+
+    def ids(self, row: int) -> NDArray[np.int64]:
+        """Token ids of one prompt, without padding."""
+        ids: NDArray[np.int64] = self.inputs["input_ids"][row, : self.lengths[row]].numpy()
+        return ids
+
+
+def build_prompt(processor: Any, sample: Sample) -> Prompt:
+    """The prompt of a sample through the processor's own chat template, images first.
+
+    A processor without a chat template gets the plain one: a placeholder an image, then the question.
+
+    Raises
+    ------
+    CaptureError    the template changed the question, so that its words cannot be found.
+    """
+    question = sample.question.strip()
+    if template_of(processor) is None:
+        image = getattr(processor, "image_token", None) or ""
+        text = image * len(sample.images) + question
+    else:
+        # Text alone goes as a plain string: templates of text-only models do not read lists of parts.
+        parts = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": question}]
+        message = {"role": "user", "content": parts if sample.images else question}
+        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    start = text.rfind(question)
+    if start < 0:
+        raise CaptureError(
+            f"Sample {sample.sample_id!r}: the chat template changed its question, which cannot be found.",
+            "Write the question as the template leaves it (its words, single spaces).",
+        )
+    return Prompt(text, (start, start + len(question)))
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template that `build_prompt` uses, None for the plain one."""
+    template = getattr(processor, "chat_template", None)
+    return template if isinstance(template, str) else None
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def encode_prompts(
+    processor: Any, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]
+) -> EncodedPrompts:
+    """Run the processor on a batch.
+
+    Raises
+    ------
+    ModelError    the tokenizer cannot say which characters a token stands for.
+    """
+    tokenizer = tokenizer_of(processor)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for.",
+            "Roles are found by characters: use a model with a fast tokenizer (a tokenizer.json).",
+        )
+    texts = [prompt.text for prompt in prompts]
+    bos = tokenizer.bos_token
+    settings: dict[str, Any] = {
+        # Templates that write the first token themselves must not get it twice.
+        "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        "return_offsets_mapping": True,
+        "padding": True,
+        "padding_side": "right",
+        "return_tensors": "pt",
+    }
+    if any(images):
+        encoded = processor(text=texts, images=[list(each) for each in images], **settings)
+    else:
+        encoded = tokenizer(texts, **settings)
+    inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    mapping = inputs.pop("offset_mapping").numpy()
+    lengths = inputs["attention_mask"].sum(1).numpy()
+    plain = tokenizer(texts, add_special_tokens=settings["add_special_tokens"], return_offsets_mapping=True)
+    offsets = [
+        mapping[row, :length]
+        - _shift(mapping[row, :length], plain["offset_mapping"][row])
+        - prompt.question[0]
+        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
+    ]
+    return EncodedPrompts(inputs, lengths, offsets)
+
+
+def _shift(expanded: NDArray[np.int64], plain: Sequence[tuple[int, int]]) -> int:
+    """How many characters the expanded image placeholders, all before the question, added."""
+    return int(max(end for _, end in expanded) - max(end for _, end in plain))
+
+
+def pad_left(inputs: Inputs) -> Inputs:
+    """The same batch with the padding moved to the left, as generation needs it."""
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    width = inputs["input_ids"].shape[1]
+    return {
+        name: torch.stack([row.roll(width - n, 0) for row, n in zip(value, lengths, strict=True)])
+        if is_token_like(inputs, name)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def append_tokens(
+    inputs: Inputs, lengths: NDArray[np.int64], answers: Sequence[Sequence[int]], pad_id: int
+) -> Inputs:
+    """Put each answer behind its prompt: every tensor along the tokens grows, padding stays on the right.
+
+    Answer tokens are text to the model: `mm_token_type_ids` is 0 there, and everything else continues
+    as it was at the last prompt token.
+    """
+    width = int(max(length + len(answer) for length, answer in zip(lengths, answers, strict=True)))
+    grown: Inputs = {}
+    for name, value in inputs.items():
+        if not is_token_like(inputs, name):
+            grown[name] = value
+            continue
+        fill = pad_id if name == "input_ids" else 0
+        wide = value.new_full((value.shape[0], width, *value.shape[2:]), fill)
+        for row, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+            wide[row, :length] = value[row, :length]
+            if len(answer):
+                wide[row, length : length + len(answer)] = _continuation(name, value[row, :length], answer)
+        grown[name] = wide
+    return grown
+
+
+def _continuation(name: str, prompt: Tensor, answer: Sequence[int]) -> Tensor:
+    if name == "input_ids":
+        return prompt.new_tensor(list(answer))
+    if name == "attention_mask":
+        return prompt.new_ones(len(answer))
+    if name == "mm_token_type_ids":
+        return prompt.new_zeros(len(answer))
+    return prompt[-1:].expand(len(answer), *prompt.shape[1:])
+
+
+def is_token_like(inputs: Inputs, name: str) -> bool:
+    """Whether a processor output runs along the tokens, as input_ids does."""
+    value, ids = inputs[name], inputs["input_ids"]
+    return value.ndim >= 2 and value.shape[:2] == ids.shape and name not in ("pixel_values", "image_sizes")

@@ -1,0 +1,88 @@
+"""What the logit lens needs, so that it runs without the model: the final norm and some unembedding rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from .anatomy import Anatomy
+
+
+def build_readout(
+    anatomy: Anatomy, model: Any, words: Mapping[int, str]
+) -> tuple[xr.Dataset, dict[str, Any]] | None:
+    """The final norm and the unembedding rows of `words` (token id -> text).
+
+    What the norm computes is established by running it, not by its class's name. None where the model has no
+    unembedding, or a norm that is neither RMS nor layer norm.
+
+    Returns
+    -------
+    Dataset
+        final_norm_weight (d_model), final_norm_bias (d_model) where there is one, unembed (word, d_model),
+        unembed_bias (word) where there is one, and the labels word and word_token_id.
+    attributes
+        norm_kind, eps, weight_offset, softcap.
+    """
+    norm, unembedding = anatomy.final_norm, anatomy.unembedding
+    if norm is None or unembedding is None or not words:
+        return None
+    described = describe_norm(norm)
+    if described is None:
+        return None
+    ids = torch.tensor(sorted(words))
+    weight: Tensor = unembedding.weight  # type: ignore[assignment]
+    variables: dict[str, Any] = {
+        "final_norm_weight": ("d_model", _host(norm.weight)),
+        "unembed": (("word", "d_model"), _host(weight[ids.to(weight.device)])),
+    }
+    if getattr(norm, "bias", None) is not None:
+        variables["final_norm_bias"] = ("d_model", _host(norm.bias))
+    if getattr(unembedding, "bias", None) is not None:
+        variables["unembed_bias"] = ("word", _host(unembedding.bias)[ids.numpy()])
+    coords = {
+        "word": ("word", np.array([words[int(token)] for token in ids], object)),
+        "word_token_id": ("word", ids.numpy().astype(np.int32)),
+    }
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return xr.Dataset(variables, coords), {**described, "softcap": softcap}
+
+
+def describe_norm(norm: nn.Module) -> dict[str, Any] | None:
+    """`norm_kind`, `eps` and `weight_offset` of a norm, by comparing it with each formula on random input."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    bias: Tensor | None = getattr(norm, "bias", None)
+    eps = next(
+        (float(getattr(norm, name)) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), 0.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, weight.shape[0], generator=generator).to(weight)
+    with torch.no_grad():
+        expected = norm(values).float()
+    for kind in ("rms", "layer"):
+        for offset in (0.0, 1.0):
+            got = apply_norm(values.float(), kind, eps, weight.float() + offset)
+            if bias is not None:
+                got = got + bias.float()
+            if bool(
+                torch.allclose(got, expected, rtol=2e-2 if weight.dtype != torch.float32 else 1e-4, atol=1e-5)
+            ):
+                return {"norm_kind": kind, "eps": eps, "weight_offset": offset}
+    return None
+
+
+def apply_norm(values: Tensor, kind: str, eps: float, weight: Tensor) -> Tensor:
+    """RMS norm or layer norm of the last axis, times `weight`."""
+    centred = values - values.mean(-1, keepdim=True) if kind == "layer" else values
+    return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def _host(value: Any) -> np.ndarray[Any, Any]:
+    result: np.ndarray[Any, Any] = value.detach().float().cpu().numpy()
+    return result

@@ -1,0 +1,84 @@
+"""The way flows one way: store <- capture, store <- analysis; analysis calls capture only where it may."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("capture", "store", "analysis")
+MAY_CALL_CAPTURE = {"analysis/cli.py", "analysis/demo.py"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether it is imported inside a function) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        found += [(name, id(node) in inner) for name in names]
+    return found
+
+
+def modules() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports__flow_one_way(path: Path) -> None:
+    here = path.relative_to(ROOT).as_posix()
+    folder = here.split("/")[0]
+    allowed = {"store": set(), "capture": {"store"}, "analysis": {"store"}}[folder]
+    for module, inside in imports(path):
+        assert module.split(".")[0] not in FOLDERS, f"{here} imports {module} by its folder name"
+        if not module.startswith("mechanistic."):
+            continue
+        target = module.split(".")[1]
+        if target == "capture" and here in MAY_CALL_CAPTURE:
+            assert inside, f"{here} imports {module} outside a function"
+        else:
+            assert target in allowed, f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports__torch_stays_in_capture(path: Path) -> None:
+    heavy = {"torch", "transformers", "vllm", "captum"}
+    if path.relative_to(ROOT).parts[0] == "store":
+        assert not {m.split(".")[0] for m, _ in imports(path)} & heavy
+    if path.relative_to(ROOT).parts[0] == "analysis":
+        assert not {m.split(".")[0] for m, inside in imports(path) if not inside} & heavy
+
+
+def test_imports__analysis_and_command_line_load_no_torch() -> None:
+    code = (
+        "import sys, mechanistic.analysis, mechanistic.store;"
+        "from mechanistic.analysis.cli import build_parser; build_parser();"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_imports__capture_names_the_missing_extra() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from mechanistic.analysis.cli import main;"
+        "command = 'capture --model-name spatial-tiny --dataset shapes --output-dir x';"
+        "sys.exit(main(command.split()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert 'pip install "mechanistic[capture]"' in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,119 @@
+"""Loading models: names, folders with missing files, hashes, and what a run says about the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import llava
+
+from mechanistic.capture.models import (
+    REGISTRY,
+    LoadedModel,
+    check_folder,
+    hash_parameters,
+    hash_weights,
+    load_model,
+)
+from mechanistic.store.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "saved"
+    loaded = llava()
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_load_model__from_a_folder(saved: Path) -> None:
+    loaded = load_model(str(saved))
+    assert not loaded.model.training
+    assert loaded.weights_sha256 == hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
+    attributes = loaded.attributes()
+    assert attributes["name"] == str(saved)
+    assert (attributes["dtype"], attributes["attention"]) == ("float32", "sdpa")
+    assert json.loads(json.dumps(attributes)) == attributes
+    for name, value in llava().model.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_load_model__bundled_computes_in_float32_unless_asked() -> None:
+    assert load_model("spatial-tiny").dtype == "float32"
+    assert load_model("spatial-tiny", dtype="bfloat16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["qwen99", "./nothing", "/nothing/here", "~/nothing/at all"])
+def test_load_model__unknown_name_lists_the_known(name: str) -> None:
+    with pytest.raises(ModelError, match=r"no model .*\n.*spatial-tiny"):
+        load_model(name)
+
+
+def test_load_model__unknown_dtype(saved: Path) -> None:
+    with pytest.raises(ModelError, match=r"'float8'\.\n.*float32, float16, bfloat16"):
+        load_model(str(saved), dtype="float8")
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("config.json", r"lacks config\.json"),
+        ("model.safetensors", r"lacks the weights \(model\.safetensors\)"),
+        ("tokenizer*", r"lacks the tokenizer"),
+    ],
+)
+def test_load_model__missing_files_are_named(folder: Path, missing: str, says: str) -> None:
+    for file in folder.glob(missing):
+        file.unlink()
+    with pytest.raises(ModelError, match=says):
+        load_model(str(folder))
+
+
+def test_check_folder__missing_shards_are_named(folder: Path) -> None:
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors\."):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_load_model__damaged_files_are_two_lines(folder: Path, damage: str) -> None:
+    (folder / damage).write_bytes((folder / damage).read_bytes()[:100])
+    with pytest.raises(ModelError, match="could not be loaded") as caught:
+        load_model(str(folder))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_hash_weights__of_several_files_covers_their_names(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"1")
+    (tmp_path / "b.safetensors").write_bytes(b"2")
+    one, two = (hashlib.sha256(data).hexdigest() for data in (b"1", b"2"))
+    listed = f"{one}  a.safetensors\n{two}  b.safetensors\n".encode()
+    assert hash_weights(tmp_path) == hashlib.sha256(listed).hexdigest()
+
+
+def test_hash_parameters__tells_models_apart() -> None:
+    assert hash_parameters(llava().model) == hash_parameters(llava().model)
+    assert hash_parameters(llava().model) != hash_parameters(llava(seed=1).model)
+
+
+def test_registry__leads_somewhere() -> None:
+    assert {"spatial-tiny", "llava1.5"} <= REGISTRY.keys()
+    assert all(entry.backend == "transformers" for entry in REGISTRY.values())
+
+
+def test_loaded_model__without_files_is_identified_by_its_parameters() -> None:
+    loaded = llava()
+    assert isinstance(loaded, LoadedModel)
+    assert loaded.weights_sha256 == hash_parameters(loaded.model)
