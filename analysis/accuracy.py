@@ -15,10 +15,11 @@ from mechanistic.store.reader import group
 from mechanistic.store.schema import CORRECT, STATUS
 
 from .intervals import wilson_interval
-from .minimal_pairs import OPPOSITES, minimal_pairs
+from .minimal_pairs import OPPOSITES, minimal_pairs, texts
 from .splits import row_labels, split_names
 
 UNITS = ("individual", "pair", "set")
+_OPTIONAL = ("group", "subject", "object", "image_name", "status")
 Units = Sequence[NDArray[np.int64]]
 
 
@@ -70,7 +71,7 @@ def accuracy(
     """
     samples = _samples_of(run, by, scored)
     known, right = _scores(samples, scored)
-    answers = samples["answer"].values.astype(str)
+    answers = texts(samples["answer"])
     majority = _most_common(answers[known])
     kinds = (right, answers == majority, _chance(samples))
     found = minimal_pairs(samples, opposites)
@@ -109,11 +110,13 @@ def accuracy_lines(result: xr.Dataset) -> list[tuple[str, str]]:
         if not here["n"]:
             continue
         baseline = f"always {result.attrs['majority_answer']!r} {here['majority_accuracy']:.1%}"
+        if not np.isnan(here["chance_accuracy"]):
+            baseline += f", guessing {here['chance_accuracy']:.1%}"
         lines.append(
             (
                 "accuracy" if unit == "individual" else f"{unit} accuracy",
                 f"{here['accuracy']:.1%} ({here['accuracy_low']:.1%} to {here['accuracy_high']:.1%}, "
-                f"n {here['n']:.0f}); {baseline}, guessing {here['chance_accuracy']:.1%}",
+                f"n {here['n']:.0f}); {baseline}",
             )
         )
     return lines
@@ -161,7 +164,7 @@ def _scores(samples: xr.Dataset, scored: str) -> tuple[NDArray[np.bool_], NDArra
         return (correct != CORRECT["unscored"]) & ~_failed(samples), correct == CORRECT["correct"]
     index = samples["answer_index"].values
     logits = samples["option_logits"].values.astype(np.float64)
-    offered = samples["options"].values.astype(str) != ""
+    offered = texts(samples["options"]) != ""
     known = (index >= 0) & ~_failed(samples) & ~(np.isnan(logits) & offered).any(axis=1)
     logits = np.where(offered, logits, -np.inf)
     best = logits.max(axis=1, keepdims=True)
@@ -171,7 +174,7 @@ def _scores(samples: xr.Dataset, scored: str) -> tuple[NDArray[np.bool_], NDArra
 
 
 def _chance(samples: xr.Dataset) -> NDArray[np.float64]:
-    offered = (samples["options"].values.astype(str) != "").sum(axis=1)
+    offered = (texts(samples["options"]) != "").sum(axis=1)
     return np.where(offered > 0, 1 / np.maximum(offered, 1), np.nan)
 
 
@@ -206,5 +209,5 @@ def _samples_of(run: xr.DataTree | xr.Dataset, by: str | None, scored: str) -> x
             f"these samples have no column '{absent[0]}'; they have {', '.join(held)}.",
             "Give a run, or its samples table: accuracy(open_run(PATH)).",
         )
-    wanted = [*needed, *(name for name in ("group", "subject", "object", "status") if name in held)]
+    wanted = [*needed, *(name for name in _OPTIONAL if name in held)]
     return table[list(dict.fromkeys(wanted))].load()

@@ -1,4 +1,4 @@
-"""Attention on things in the picture: the mass on an object's patches, and how well attention finds its box."""
+"""Attention on things in the picture: the mass on an object's patches, and how well it finds the object."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def attention_boxes(
     sample: int | Sequence[int] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> xr.Dataset:
-    """Attention mass on each box, M_b = sum of p_k over its patches k, and AUROC_b of attention against the box.
+    """Attention mass on each box, M_b = sum of p_k over its patches k, and AUROC_b of attention against it.
 
-    A patch belongs to a box when they share at least `overlap` of the smaller one's area, so that a box within
-    one patch has a patch too. AUROC_b is the chance that a patch of the box gets more attention than a patch of
-    the same image outside it, ties counting half.
+    A patch belongs to a box when they share at least `overlap` of the smaller one's area, so that a box
+    within one patch has a patch too. AUROC_b is the chance that a patch of the box gets more attention than
+    a patch of the same image outside it, ties counting half.
 
     Parameters
     ----------
@@ -87,8 +87,8 @@ def sample_boxes(run: xr.DataTree, boxes: Sequence[str]) -> NDArray[np.float32]:
             str(name).removesuffix("_x0") for name in samples.variables if str(name).endswith("_x0")
         )
         raise DimensionError(
-            f"the samples of this run have no {', '.join(missing)}; they have boxes of: {', '.join(found) or 'nothing'}.",
-            "Boxes are columns of the dataset, NAME_x0, NAME_y0, NAME_x1, NAME_y1: choose names with boxes=[...].",
+            f"the samples have no {', '.join(missing)}; they have boxes of: {', '.join(found) or 'nothing'}.",
+            "Boxes are dataset columns NAME_x0, NAME_y0, NAME_x1, NAME_y1: choose names with boxes=[...].",
         )
     table = samples[columns].compute()
     values = np.stack([table[name].values.astype(np.float32) for name in columns], axis=-1)
@@ -101,7 +101,7 @@ def sample_boxes(run: xr.DataTree, boxes: Sequence[str]) -> NDArray[np.float32]:
 def box_statistic(
     edges: NDArray[np.float32], boxes: Sequence[str], *, overlap: float = 0.5, image: int = 0
 ) -> RowStatistic:
-    """Mass and AUROC of each box as statistics of a walk that computes several; `edges` from `sample_boxes`."""
+    """Mass and AUROC of each box as statistics of a walk of several; `edges` come from `sample_boxes`."""
     if not 0 < overlap <= 1 or not boxes:
         raise SpecificationError(
             f"boxes are {', '.join(boxes) or 'none'}, with an overlap of {overlap}.",
@@ -109,16 +109,14 @@ def box_statistic(
         )
     variables: dict[str, dict[str, Any]] = {}
     for name in boxes:
-        variables[f"mass_{name}"] = {"units": "1", "long_name": f"attention mass on the patches of the {name}"}
-        variables[f"auroc_{name}"] = {"units": "1", "long_name": f"AUROC of attention for the box of the {name}"}
+        variables[f"mass_{name}"] = {"units": "1", "long_name": f"attention mass on the {name}'s patches"}
+        variables[f"auroc_{name}"] = {"units": "1", "long_name": f"AUROC of attention for the {name}'s box"}
     kernel = partial(_boxes_of_rows, edges=edges, overlap=overlap, image=image)
     return RowStatistic(variables, kernel, key_columns=("kind", "image_index", *_PATCH_BOX))
 
 
-def patches_in_box(
-    patches: Columns, box: NDArray[np.float32], *, overlap: float = 0.5
-) -> NDArray[np.bool_]:
-    """Which patches (box_x0 .. box_y1) share at least `overlap` of the smaller area with a box (x0, y0, x1, y1)."""
+def patches_in_box(patches: Columns, box: NDArray[np.float32], *, overlap: float = 0.5) -> NDArray[np.bool_]:
+    """Which patches share at least `overlap` of the smaller area with a box (x0, y0, x1, y1)."""
     x0, y0, x1, y1 = (patches[name] for name in _PATCH_BOX)
     wide = np.minimum(x1, box[2]) - np.maximum(x0, box[0])
     high = np.minimum(y1, box[3]) - np.maximum(y0, box[1])

@@ -55,7 +55,13 @@ def attention_distance(
     Dosovitskiy et al. (2021), An Image is Worth 16x16 Words, figure 7 (there in pixels).
     """
     return attention_statistics(
-        run, [distance_statistic()], stack=stack, tokens=tokens, layer=layer, sample=sample, max_bytes=max_bytes
+        run,
+        [distance_statistic()],
+        stack=stack,
+        tokens=tokens,
+        layer=layer,
+        sample=sample,
+        max_bytes=max_bytes,
     )
 
 

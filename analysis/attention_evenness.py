@@ -47,9 +47,9 @@ def attention_evenness(
     Parameters
     ----------
     attention
-        A run (n counts the keys that the mask allows), a Dataset with attention_pattern (..., key), or a plain
-        array or tensor (..., key), for which a numpy array (...) comes back; there n counts the keys that are
-        not exactly 0.
+        A run (n counts the keys that the mask allows), a Dataset with attention_pattern (..., key), or a
+        plain array or tensor (..., key), for which a numpy array (...) comes back; there n counts the keys
+        that are not exactly 0.
     stack, tokens, layer, sample, max_bytes
         For a run, which rows: see `attention_statistics`.
 
@@ -79,7 +79,8 @@ def attention_evenness(
             max_bytes=max_bytes,
         )
     if isinstance(attention, xr.Dataset):
-        return apply_to_pattern(pattern_of(attention), _evenness, _ATTRS).to_dataset(name="attention_evenness")
+        computed = apply_to_pattern(pattern_of(attention), _evenness, _ATTRS)
+        return computed.to_dataset(name="attention_evenness")
     return _evenness(attention)
 
 

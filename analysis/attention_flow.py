@@ -33,8 +33,8 @@ def attention_flow(
 ) -> xr.Dataset:
     """Attention flow, the maximum flow from each token above the top layer to each token below the lowest.
 
-    Node (l, i) is token i at the input of layer l; the pipe from (l + 1, i) to (l, j) has the capacity A_l[i, j],
-    with A_l as in `attention_rollout`. For small models: there is one flow problem for each query and key.
+    Node (l, i) is token i at the input of layer l; the pipe from (l + 1, i) to (l, j) has the capacity
+    A_l[i, j], with A_l as in `attention_rollout`. For small models: each query and key is a flow problem.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def attention_flow(
     Raises
     ------
     MissingSiteError    the run lacks q or k.
-    DataError           q or k lacks tokens, layers have gaps, or (when computed) the network has too many edges.
+    DataError           q or k lacks tokens, layers have gaps, or (when computed) there are too many edges.
     SpecificationError  an unknown fusion, a share out of its range, or a selection that does not parse.
 
     References
@@ -72,7 +72,7 @@ def attention_flow(
         raise DataError(
             f"sample {sample} has no token that is {query}.", "Choose one that it has, such as query='last'."
         )
-    flow = xr.apply_ufunc(
+    flow: xr.DataArray = xr.apply_ufunc(
         partial(maximum_flows, sources=rows, max_edges=max_edges),
         matrices.chunk(layer=-1),
         input_core_dims=[["layer", "query", "key"]],
@@ -115,5 +115,8 @@ def maximum_flows(
     nodes = (layers + 1) * tokens
     pipes = csr_array((capacity, ((level + 1) * tokens + query, level * tokens + key)), shape=(nodes, nodes))
     top = layers * tokens
-    flows = [[maximum_flow(pipes, top + int(row), sink).flow_value for sink in range(tokens)] for row in sources]
-    return (np.array(flows, np.float64) / _UNIT).astype(np.float32).reshape(len(sources), tokens)
+    flows = np.empty((len(sources), tokens), np.float32)
+    for place, row in enumerate(sources):
+        for sink in range(tokens):
+            flows[place, sink] = maximum_flow(pipes, top + int(row), sink).flow_value / _UNIT
+    return flows

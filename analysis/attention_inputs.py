@@ -13,7 +13,7 @@ from mechanistic.store import site
 from mechanistic.store.errors import DataError, FormatError
 
 from .mask_rules import AttentionRule, read_rules
-from .token_selection import select_layers, select_tokens, token_axis
+from .token_selection import select_layers, select_tokens, token_axis, token_mask
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def attention_inputs(
             f"{key_name} holds the tokens {kept!r} only, so attention rows cannot be rebuilt.",
             f"Capture complete keys: --sites '{stack}.*.k[all]'.",
         )
-    query = select_samples(select_tokens(select_layers(query, layer), tokens), sample)
+    query = _select_rows(select_layers(query, layer), tokens, sample)
     numbers = np.asarray(query["layer"].values)
     if missing := sorted(set(numbers.tolist()) - set(np.asarray(key["layer"].values).tolist())):
         raise DataError(
@@ -68,24 +68,21 @@ def attention_inputs(
     return AttentionInputs(query, key, "q", "k", rules, _kv_of_head(query, key, query_name))
 
 
-def select_samples(dataset: xr.Dataset, sample: int | Sequence[int] | None) -> xr.Dataset:
-    """The rows of these samples (rows in samples/).
-
-    Raises
-    ------
-    DataError  a sample has no rows here.
-    """
+def _select_rows(dataset: xr.Dataset, tokens: str | None, sample: int | Sequence[int] | None) -> xr.Dataset:
+    """Both selections in one step: taking rows twice would read blocks that hold none of the result."""
     if sample is None:
-        return dataset
-    axis = token_axis(dataset)
+        return select_tokens(dataset, tokens)
     owner, wanted = np.asarray(dataset["sample_index"].values), np.atleast_1d(sample)
-    missing = np.setdiff1d(wanted, owner)
+    chosen = np.isin(owner, wanted)
+    if tokens is not None:
+        chosen &= token_mask(dataset, tokens)
+    missing = np.setdiff1d(wanted, owner[chosen])
     if missing.size:
         raise DataError(
             f"sample {', '.join(map(str, missing.tolist()))} has no such tokens here.",
             f"Samples are rows of samples/; those held are between {owner.min()} and {owner.max()}.",
         )
-    return dataset.isel({axis: np.flatnonzero(np.isin(owner, wanted))})
+    return dataset.isel({token_axis(dataset): np.flatnonzero(chosen)})
 
 
 def _kv_of_head(query: xr.Dataset, key: xr.Dataset, where: str) -> NDArray[np.int64]:

@@ -60,8 +60,8 @@ def attention_rollout(
 ) -> Any:
     """Attention rollout of every token of one sample, R_l = A_l R_(l-1), from the lowest layer upwards.
 
-    A_l = residual I + (1 - residual) F_l, each row divided by its sum, F_l the heads fused. For one row of many
-    samples `rollout_row` gives the same at the cost of a row.
+    A_l = residual I + (1 - residual) F_l, each row divided by its sum, F_l the heads fused. For one row of
+    many samples `rollout_row` gives the same at the cost of a row.
 
     Parameters
     ----------
@@ -114,14 +114,15 @@ def rollout_row(
     sample: int | Sequence[int] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> xr.Dataset:
-    """Attention rollout of one row of each sample, from the top layer down: v_l = v_(l+1) A_l, v above one-hot.
+    """Attention rollout of one row of each sample, from the top layer down: v_l = v_(l+1) A_l.
 
-    Only vectors are multiplied with matrices; no [token, token] matrix is kept. Lazy.
+    Above the top layer v is one-hot. Vectors are multiplied with a few rows at a time; there is no
+    [token, token] product, nor a [token, token] matrix. Lazy.
 
     Parameters
     ----------
     tokens
-        The row, such as ``"last"``; several tokens of a sample share the start equally, which averages their rows.
+        The row, such as ``"last"``; several tokens of a sample share the start, which averages their rows.
     head_fusion, residual, discard, layer
         As in `attention_rollout`.
     stack, sample, max_bytes
@@ -129,9 +130,9 @@ def rollout_row(
 
     Returns
     -------
-    attention_rollout (layer, token), float32, share of the row's final state that the token's residual stream
-        carries at the input of the layer. In the lowest layer this is the rollout of the paper. Sums to 1 over
-        the tokens of a sample.
+    attention_rollout (layer, token), float32, share of the row's final state that the token's residual
+        stream carries at the input of the layer. In the lowest layer this is the rollout of the paper. Sums
+        to 1 over the tokens of a sample.
 
     Raises
     ------
@@ -208,7 +209,8 @@ def _step(
     rows = np.flatnonzero(state)
     near = {name: column[rows] for name, column in columns.items()}
     below = np.zeros_like(state)
-    for piece, own, matrix in transition_rows(layer, query[rows], key, near, columns, rule, kv_of_head, fusion):
+    walk = transition_rows(layer, query[rows], key, near, columns, rule, kv_of_head, fusion)
+    for piece, own, matrix in walk:
         first = rows[piece.start] - own[0]
         below[first : first + matrix.shape[-1]] += state[rows[piece]] @ matrix
     return below

@@ -1,4 +1,4 @@
-"""How sparse each attention row is, by a standard measure: Gini index, Hoyer's, or keys for most of the mass."""
+"""How sparse each attention row is, by a standard measure: Gini, Hoyer, or keys for most of the mass."""
 
 from __future__ import annotations
 
@@ -83,13 +83,19 @@ def attention_sparsity(
 
     References
     ----------
-    Hurley and Rickard (2009), IEEE Transactions on Information Theory 55, 4723; Hoyer (2004), Journal of Machine
-    Learning Research 5, 1457.
+    Hurley and Rickard (2009), IEEE Transactions on Information Theory 55, 4723; Hoyer (2004), Journal of
+    Machine Learning Research 5, 1457.
     """
     statistic = sparsity_statistic(measure, mass)
     if isinstance(attention, xr.DataTree):
         return attention_statistics(
-            attention, [statistic], stack=stack, tokens=tokens, layer=layer, sample=sample, max_bytes=max_bytes
+            attention,
+            [statistic],
+            stack=stack,
+            tokens=tokens,
+            layer=layer,
+            sample=sample,
+            max_bytes=max_bytes,
         )
     kernel = partial(_sparsity, measure=measure, mass=mass)
     if isinstance(attention, xr.Dataset):
@@ -109,7 +115,8 @@ def sparsity_statistic(measure: Measure = "gini", mass: float = 0.9) -> RowStati
     attrs: dict[str, Any] = {"units": "1", "long_name": _MEANINGS[measure]}
     if measure == "key_share":
         attrs["mass"] = mass
-    return RowStatistic({f"attention_{measure}": attrs}, partial(_sparsity_of_rows, measure=measure, mass=mass))
+    kernel = partial(_sparsity_of_rows, measure=measure, mass=mass)
+    return RowStatistic({f"attention_{measure}": attrs}, kernel)
 
 
 def _sparsity_of_rows(rows: AttentionRows, measure: Measure, mass: float) -> NDArray[Any]:

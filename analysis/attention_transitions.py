@@ -1,4 +1,4 @@
-"""How information moves between tokens in one layer: heads fused into one matrix, and the residual stream added.
+"""How information moves between tokens in one layer: heads fused to one matrix, the residual stream added.
 
 What rollout multiplies and attention flow treats as capacities.
 """
@@ -34,8 +34,8 @@ _MAX_BYTES = 8 << 30
 class Fusion:
     """How the attention of a layer becomes one transition matrix.
 
-    A = r I + (1 - r) F, each row divided by its sum; F is the mean, maximum or minimum of the heads, in which the
-    smallest `discard` of each row's non-zero weights are set to 0; r is the share of the `residual` stream.
+    A = r I + (1 - r) F, each row divided by its sum; F is the mean, maximum or minimum of the heads, in which
+    the smallest `discard` of each row's non-zero weights are set to 0; r is the share of the `residual`.
     """
 
     heads: Literal["mean", "max", "min"] = "mean"
@@ -54,7 +54,7 @@ class Fusion:
             )
 
     def transition(self, fused: NDArray[Any], own: NDArray[np.int64]) -> NDArray[Any]:
-        """Fused weights (query, key) as transition probabilities; `own` is each query's place among the keys."""
+        """Fused weights (query, key) as probabilities; `own` is each query's place among the keys."""
         matrix = (1 - self.residual) * self._discarded(fused)
         matrix[np.arange(len(own)), own] += self.residual
         return np.asarray(matrix / matrix.sum(axis=-1, keepdims=True))
@@ -70,8 +70,10 @@ class Fusion:
 
     def of_heads(self, weights: NDArray[Any], own: NDArray[np.int64]) -> NDArray[Any]:
         """Weights (head, query, key) as transition probabilities (query, key)."""
-        reduce = {"mean": np.mean, "max": np.max, "min": np.min}[self.heads]
-        return self.transition(np.asarray(reduce(weights, axis=0)), own)
+        if self.heads == "mean":
+            return self.transition(np.asarray(weights.mean(axis=0)), own)
+        reduce = np.maximum if self.heads == "max" else np.minimum
+        return self.transition(np.asarray(reduce.reduce(weights, axis=0)), own)
 
 
 def transition_rows(
@@ -84,7 +86,7 @@ def transition_rows(
     kv_of_head: NDArray[np.int64],
     fusion: Fusion,
 ) -> Iterator[tuple[slice, NDArray[np.int64], Floats]]:
-    """(which query rows, the place of each among its sample's keys, their transitions (query, key)), a few at a time.
+    """A few rows at a time: which, the place of each among its sample's keys, and transitions (query, key).
 
     The keys end where the layer's mask lets none of these rows look.
     """
@@ -102,11 +104,11 @@ def transition_rows(
 def _fuse(fused: Floats | None, rows: AttentionRows, fusion: Fusion, heads: int) -> Floats:
     """Add the heads of one group to those fused so far."""
     if fusion.heads == "mean":
-        part = np.einsum("hqk,hq->qk", rows.exponentials, 1 / (heads * rows.totals))
+        part: Floats = np.einsum("hqk,hq->qk", rows.exponentials, 1 / (heads * rows.totals))
         return part if fused is None else fused + part
     reduce = np.maximum if fusion.heads == "max" else np.minimum
     part = reduce.reduce(rows.weights, axis=0)
-    return part if fused is None else reduce(fused, part)
+    return part if fused is None else np.asarray(reduce(fused, part))
 
 
 def square_inputs(
@@ -128,7 +130,7 @@ def square_inputs(
     if (np.diff(numbers) != 1).any():
         raise DataError(
             f"layers {', '.join(map(str, numbers))} do not follow on one another.",
-            "Information passes through every layer between the first and the last: capture or choose them all.",
+            "Information passes through every layer in between: capture or choose them all.",
         )
     return inputs
 
@@ -182,9 +184,7 @@ def _matrix_kernel(
     fusion: Fusion,
 ) -> Floats:
     matrix = np.zeros((len(query), len(key)), np.float32)
-    walk = transition_rows(
-        layer, query, key, query_columns, key_columns, rules[layer], kv_of_head, fusion
-    )
+    walk = transition_rows(layer, query, key, query_columns, key_columns, rules[layer], kv_of_head, fusion)
     for piece, _, rows in walk:
         matrix[piece, : rows.shape[-1]] = rows
     return matrix

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mechanistic.store import open_run
+from mechanistic.store import group, open_run
 from mechanistic.store.info import format_info, human_bytes, run_info
 
 from .attention_entropy import attention_entropy
@@ -67,7 +67,7 @@ def run_demo(output_dir: str | Path, *, num_samples: int = 400, seed: int = 0) -
 
 def analyse(run: xr.DataTree) -> Findings:
     """What the run says, without the model: where it looks, and when the relation can be read."""
-    correct = run["samples"]["correct"].values
+    correct = group(run, "samples")["correct"].values
     return Findings(
         accuracy=float(np.mean(correct == 1)),
         samples=len(correct),
@@ -83,12 +83,13 @@ def analyse(run: xr.DataTree) -> Findings:
 def draw(run: xr.DataTree, findings: Findings, folder: Path) -> dict[str, Any]:
     """The figures, also as PNG files."""
     by_head = findings.mass.mean("head", keep_attrs=True)
-    sample = int(np.flatnonzero(run["samples"]["correct"].values == 1)[0])
+    samples = group(run, "samples")
+    sample = int(np.flatnonzero(samples["correct"].values == 1)[0])
     row = attention_pattern(run, sample=sample, layer=findings.peak, query="last")["attention_pattern"]
     square = attention_pattern(run, sample=sample, layer=findings.peak)["attention_pattern"].compute()
     texts = [str(text) for text in square["query_token_text"].values]
     own = square.isel(key=np.flatnonzero(np.isin(square["key_position"], square["query_position"])))
-    question = str(run["samples"]["question"][sample].values)
+    question = str(samples["question"][sample].values)
     return {
         "mass": plot_layers(
             summarize(by_head[["mass_image"]], by="correct"),
@@ -103,7 +104,7 @@ def draw(run: xr.DataTree, findings: Findings, folder: Path) -> dict[str, Any]:
         "image": plot_attention_on_image(
             sample_image(run, sample),
             row.compute().mean("head").squeeze(),
-            title=f"layer {findings.peak}, last prompt token:\n{question}",
+            title=f"{question}",
             save_path=folder / "attention_on_image.png",
         )[0],
         "heatmap": plot_attention_heatmap(
@@ -149,9 +150,9 @@ def write_page(
     """index.html: what the model gets right, where it looks, where the relation becomes readable."""
     page = Report("How a small model tells left from right")
     page.paragraph(
-        f"{MODEL} is a vision-language model of about a million parameters, built like LLaVA and trained until it "
-        "really answers where one drawn object lies relative to another. This page was made from one stored run: "
-        "the model ran once, and everything below was computed from the store, without it."
+        f"{MODEL} is a vision-language model of about a million parameters, built like LLaVA and trained until "
+        "it really answers where one drawn object lies relative to another. This page was made from one stored "
+        "run: the model ran once, and everything below was computed from the store, without it."
     )
     page.table(numbers)
     page.heading("What it gets right")
@@ -167,20 +168,22 @@ def write_page(
     page.figure(figures["heatmap"], "The same sample and layer among the words: queries down, keys across.")
     page.heading("At which layer the relation becomes readable")
     page.paragraph(
-        "A linear probe is trained at each layer to name the relation. The four scenes of a minimal-pair set, in "
-        "which only the relation changes, never straddle training and test. The question mark lets the relation "
-        "be read too, although patching it changes no answer: readable is not the same as used."
+        "A linear probe is trained at each layer to name the relation. The four scenes of a minimal-pair set, "
+        "in which only the relation changes, never straddle training and test. The relation can be read at the "
+        "question mark too, although patching it changes no answer: readable is not the same as used."
     )
     page.figure(figures["probe"], "Probe accuracy by layer; dashed: the same probes on shuffled labels.")
     page.heading("What is in the store")
     page.code(format_info(run_info(folder / "run")))
-    page.code(f"from mechanistic.store import open_run\nrun = open_run({str(folder / 'run')!r})\nprint(run)")
+    page.code(
+        f"from mechanistic.store import group, open_run\nrun = open_run({str(folder / 'run')!r})\nprint(run)"
+    )
     page.write(folder / "index.html")
 
 
 def accuracy_rows(run: xr.DataTree) -> list[tuple[str, str]]:
     """Accuracy by relation, with the number of questions."""
-    samples = run["samples"].to_dataset()[["relation", "correct"]].compute()
+    samples = group(run, "samples")[["relation", "correct"]].compute()
     relations = np.asarray(samples["relation"].values).astype(object)
     correct = samples["correct"].values == 1
     return [

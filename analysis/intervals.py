@@ -107,7 +107,8 @@ def wilson_interval(share: Any, count: Any, *, level: float = 0.95) -> tuple[Flo
         centre = (share + squared / (2 * count)) / (1 + squared / count)
         spread = share * (1 - share) / count + squared / (4 * count**2)
         half = np.sqrt(squared * spread) / (1 + squared / count)
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+    # Rounding must not put a share of 0 or 1 outside of its own interval.
+    return np.clip(np.minimum(centre - half, share), 0, 1), np.clip(np.maximum(centre + half, share), 0, 1)
 
 
 def clustered_share_interval(

@@ -9,8 +9,8 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
+from dask.base import optimize
 from dask.delayed import delayed
-from dask.graph_manipulation import clone
 
 from mechanistic.store import group, sites
 from mechanistic.store import site as site_of
@@ -18,7 +18,7 @@ from mechanistic.store.errors import DataError, DimensionError
 
 from .intervals import clustered_share_interval
 from .probe_design import ProbeDesign, probe_design
-from .probe_fit import fit_block, fit_estimator, fit_moments, moments_of_block, predict_block
+from .probe_fit import fit_block, fit_estimator, fit_moments, moments_of_block, predict_again, predict_block
 from .splits import with_samples
 from .token_selection import select_layers, select_tokens
 
@@ -113,8 +113,8 @@ def _probe_rows(data: xr.DataTree | xr.Dataset, target: str, site: str, tokens: 
     if name == site:
         rows = select_tokens(rows, tokens)
     columns = group(data, "samples").variables
-    wanted = [column for column in dict.fromkeys((target, "group", "status")) if column in columns]
-    return with_samples(rows, data, [column for column in wanted if column not in rows.variables])
+    wanted = [target, *(name for name in ("group", "status") if name in columns and name != target)]
+    return with_samples(rows, data, [name for name in wanted if name not in rows.variables])
 
 
 def _features(rows: xr.Dataset) -> xr.DataArray:
@@ -148,24 +148,24 @@ def _graph(
         )
     numbers = np.asarray(features["layer"].values).tolist()
     shared = delayed(design, traverse=False)
-    first = blocked.to_delayed()
-    # Read again rather than kept: a layer of several blocks may be larger than memory.
-    again = first if len(starts) == 2 else clone(blocked).to_delayed()
+    blocks = blocked.to_delayed()
     predicted, fits = [], []
     for place, number in enumerate(numbers):
+        own = blocks[place, :, 0]
         if estimator is not None:
-            outcome = delayed(fit_estimator)(first[place, 0, 0], shared, estimator, number)
-            parts = [outcome]
-        elif len(starts) == 2 and count <= width:
-            fits.append(delayed(fit_block)(first[place, 0, 0], shared, penalties, number))
+            parts = [delayed(fit_estimator)(own[0], shared, estimator, number)]
+        elif len(own) == 1:
+            fits.append(delayed(fit_block)(own[0], shared, penalties, number))
+            parts = [delayed(predict_block)(own[0], fits[-1], shared, 0)]
         else:
             total = None
-            for block, start in enumerate(starts[:-1]):
-                total = delayed(moments_of_block)(first[place, block, 0], shared, int(start), number, total)
+            for block, start in zip(own, starts[:-1], strict=True):
+                total = delayed(moments_of_block)(block, shared, int(start), number, total)
             fits.append(delayed(fit_moments)(total, shared, penalties))
-        if estimator is None:
+            # Read again, not kept until the fit is done: a layer of several blocks may exceed memory.
+            (layer,) = optimize(blocked[place : place + 1])
             parts = [
-                delayed(predict_block)(again[place, block, 0], fits[-1], shared, int(start))
+                delayed(partial(predict_again, layer.blocks[0, block, 0]))(fits[-1], shared, int(start))
                 for block, start in enumerate(starts[:-1])
             ]
         rows = [

@@ -48,20 +48,20 @@ def minimal_pairs(samples: xr.Dataset, opposites: Mapping[str, str] = OPPOSITES)
     Parameters
     ----------
     samples
-        Columns answer and options; group (without it there are no pairs), subject, object and image_name where
-        the run has them.
+        Columns answer and options; group (without it there are no pairs), subject, object and image_name
+        where the run has them.
     """
     buckets: dict[tuple[str, ...], list[int]] = {}
     names = [name for name in ("group", "subject", "object") if name in samples.variables]
     if "group" not in names:
         return MinimalPairs((), ())
-    columns = [samples[name].values.astype(str) for name in names]
+    columns = [texts(samples[name]) for name in names]
     for row, key in enumerate(zip(*columns, strict=True)):
         if key[0]:
             buckets.setdefault(key, []).append(row)
-    answers = [_fold(answer) for answer in samples["answer"].values.astype(str)]
-    options = samples["options"].values.astype(str)
-    images = samples["image_name"].values.astype(str) if "image_name" in samples.variables else None
+    answers = [_fold(answer) for answer in texts(samples["answer"])]
+    options = texts(samples["options"])
+    images = texts(samples["image_name"]) if "image_name" in samples.variables else None
     pairs, sets = [], []
     for rows in buckets.values():
         by_answer = {answers[row]: row for row in rows}
@@ -78,6 +78,11 @@ def minimal_pairs(samples: xr.Dataset, opposites: Mapping[str, str] = OPPOSITES)
         if len(rows) > 1 and offered == set(by_answer):
             sets.append(np.array(rows))
     return MinimalPairs(tuple(pairs), tuple(sets))
+
+
+def texts(column: xr.DataArray) -> NDArray[np.str_]:
+    """A column of text as fixed-width strings, which stored text does not become directly."""
+    return column.values.astype(object).astype(str)
 
 
 def _fold(answer: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,58 +12,47 @@ from mechanistic.store.errors import DataError, SpecificationError
 Shrinkage = float | Literal["ledoit_wolf"]
 
 
-@dataclass(frozen=True)
 class GroupSums:
-    """Sums of rows by group, over some rows: total (group, feature), count (group)."""
+    """Sums of rows by group, over blocks of rows: `total` (group, feature), `count` (group)."""
 
-    total: NDArray[np.float64]
-    count: NDArray[np.int64]
+    def __init__(self, groups: int, features: int) -> None:
+        self.total = np.zeros((groups, features))
+        self.count = np.zeros(groups, np.int64)
+
+    def add(self, rows: NDArray[Any], code: NDArray[np.int64]) -> None:
+        """Add rows (row, feature), each to its group."""
+        from scipy.sparse import csr_array
+
+        present, first, local = np.unique(code, return_index=True, return_inverse=True)
+        if len(present) == len(code):
+            self.total[present] += rows[first]
+        else:
+            members = (local, np.arange(len(code)))
+            indicator = csr_array((np.ones(len(code)), members), shape=(len(present), len(code)))
+            self.total[present] += indicator @ rows.astype(np.float64)
+        self.count[present] += np.bincount(local, minlength=len(present))
 
     def means(self) -> NDArray[np.float64]:
-        """(group, feature); NaN for a group without rows."""
-        with np.errstate(invalid="ignore"):
-            return np.asarray(self.total / self.count[:, None])
+        """(group, feature); the sums are gone afterwards."""
+        self.total /= self.count[:, None]
+        return self.total
 
 
-def add_group_sums(
-    rows: NDArray[Any], code: NDArray[np.int64], groups: int, before: GroupSums | None = None
-) -> GroupSums:
-    """Add rows (row, feature) to the sums of their groups."""
-    from scipy.sparse import csr_array
-
-    present, local = np.unique(code, return_inverse=True)
-    shape = (len(present), len(code))
-    indicator = csr_array((np.ones(len(code)), (local, np.arange(len(code)))), shape=shape)
-    total = np.zeros((groups, rows.shape[1])) if before is None else before.total.copy()
-    count = np.zeros(groups, np.int64) if before is None else before.count.copy()
-    total[present] += indicator @ rows.astype(np.float64)
-    count[present] += np.bincount(local, minlength=len(present))
-    return GroupSums(total, count)
-
-
-@dataclass(frozen=True)
 class Scatter:
-    """Sums over rows r less their group's mean: products = sum r r', quartic = sum |r|^4, count of rows."""
+    """Sums over rows r less their group's mean: `products` = sum r r', `quartic` = sum |r|^4, `count` of rows."""
 
-    products: NDArray[np.float64]
-    quartic: float
-    count: int
+    def __init__(self, features: int) -> None:
+        self.products = np.zeros((features, features))
+        self.quartic = 0.0
+        self.count = 0
 
-
-def add_scatter(
-    rows: NDArray[Any], code: NDArray[np.int64], means: NDArray[np.float64], before: Scatter | None = None
-) -> Scatter:
-    """Add rows (row, feature) to the scatter about the means of their groups."""
-    residual = rows - means.astype(rows.dtype)[code]
-    lengths = np.einsum("nf,nf->n", residual, residual, dtype=np.float64)
-    products = (residual.T @ residual).astype(np.float64)
-    if before is not None:
-        products += before.products
-    return Scatter(
-        products,
-        float(lengths @ lengths) + (before.quartic if before else 0.0),
-        len(rows) + (before.count if before else 0),
-    )
+    def add(self, rows: NDArray[Any], code: NDArray[np.int64], means: NDArray[Any]) -> None:
+        """Add rows (row, feature), given the means (group, feature) of their groups."""
+        residual = rows - means.astype(rows.dtype, copy=False)[code]
+        lengths = np.einsum("nf,nf->n", residual, residual, dtype=np.float64)
+        self.products += residual.T @ residual
+        self.quartic += float(lengths @ lengths)
+        self.count += len(rows)
 
 
 def ledoit_wolf_shrinkage(scatter: Scatter) -> float:
@@ -75,9 +63,8 @@ def ledoit_wolf_shrinkage(scatter: Scatter) -> float:
     Ledoit and Wolf (2004), Journal of Multivariate Analysis 88, 365.
     """
     width = len(scatter.products)
-    covariance = scatter.products / scatter.count
-    squares = float(np.vdot(covariance, covariance))
-    mean = float(np.trace(covariance)) / width
+    squares = float(np.vdot(scatter.products, scatter.products)) / scatter.count**2
+    mean = float(np.trace(scatter.products)) / scatter.count / width
     distance = squares - width * mean**2
     error = (scatter.quartic / scatter.count - squares) / scatter.count
     return 0.0 if error <= 0 else float(min(1.0, error / distance)) if distance > 0 else 1.0
@@ -112,14 +99,12 @@ def whitener(covariance: NDArray[np.float64], layer: int) -> NDArray[np.float64]
     ------
     DataError  the covariance is not positive definite.
     """
-    from scipy.linalg import LinAlgError, cholesky, lapack
+    from scipy.linalg import lapack
 
-    try:
-        factor = cholesky(covariance, lower=True, check_finite=False)
-    except LinAlgError:
-        factor = None
+    factor, failed = lapack.dpotrf(covariance, lower=1, clean=1)
+    pivots = np.diag(factor)
     # A factor whose smallest pivot is rounding error inverts to noise.
-    if factor is None or np.diag(factor).min() <= 1e-7 * np.diag(factor).max():
+    if failed or pivots.min() <= 1e-7 * pivots.max():
         raise DataError(
             f"the noise covariance of layer {layer} cannot be inverted: its {len(covariance)} features are not "
             "independent in so few rows.",

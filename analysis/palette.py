@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechanistic.store.errors import DimensionError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -22,8 +23,9 @@ OF_SPLIT = {"correct": BLUE, "incorrect": VERMILLION, "unscored": GREY}
 
 # Even steps of lightness, dark for nothing: also read in grey, and over a photograph.
 SEQUENTIAL = "viridis"
+NOTHING = "#e4e4e4"
 
-_WRITTEN_OUT = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "$": r"\$"}
+_BREAKS = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def colours(names: Sequence[object]) -> list[str]:
@@ -39,9 +41,14 @@ def colours(names: Sequence[object]) -> list[str]:
 
 
 def literal(text: object) -> str:
-    """A text that matplotlib shows as it is: dollars are no mathematics, line breaks are written out."""
-    shown = str(text)
-    for character, written in _WRITTEN_OUT.items():
+    """A text that matplotlib shows as it is: dollars are no mathematics."""
+    return str(text).replace("$", r"\$")
+
+
+def one_line(text: object) -> str:
+    """A token as a label: literal, its line breaks and tabs written out."""
+    shown = literal(text)
+    for character, written in _BREAKS.items():
         shown = shown.replace(character, written)
     return shown
 
@@ -68,11 +75,11 @@ def quiet(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def add_legend(ax: Axes, **style: Any) -> None:
-    """A legend of what is labelled, if anything is."""
-    handles, texts = ax.get_legend_handles_labels()
-    if any(texts):
-        ax.legend(handles, texts, frameon=False, fontsize=9, **style)
+def add_legend(ax: Axes, lines: Mapping[str, Artist], **style: Any) -> None:
+    """A legend of these lines; told which, since matplotlib leaves out labels that begin with an underscore."""
+    named = {text: line for text, line in lines.items() if text}
+    if named:
+        ax.legend(list(named.values()), list(named), frameon=False, fontsize=9, **style)
 
 
 def save(figure: Figure, path: str | Path | None) -> None:

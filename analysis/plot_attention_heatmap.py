@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import DataError, DimensionError
 
 from .attention_weights import pattern_of, plain_array
-from .palette import SEQUENTIAL, literal, new_axes, save
+from .palette import NOTHING, SEQUENTIAL, literal, new_axes, one_line, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_LABELS = 40
+MAX_LABELS = 60
+MIN_RUN = 4
 
 
 def plot_attention_heatmap(
@@ -33,7 +35,9 @@ def plot_attention_heatmap(
     ax: Axes | None = None,
     save_path: str | Path | None = None,
 ) -> tuple[Figure, Axes]:
-    """Draw one attention pattern; several heads are averaged unless `head` picks one.
+    """Draw one attention pattern, coloured by the square root of the weights; grey where they are 0.
+
+    Several heads are averaged unless `head` picks one.
 
     Parameters
     ----------
@@ -52,11 +56,17 @@ def plot_attention_heatmap(
     DimensionError  not two or three dimensions, no such head, or as many texts as no axis has.
     DataError       NaN.
     """
+    from matplotlib.colors import PowerNorm
+
     weights, queries, keys = _labelled(attention)
     shown, heads = _one_pattern(weights, head)
     texts = _axis_texts(shown.shape, tokens, query_tokens, queries, keys)
     figure, ax = new_axes(ax, _size(shown.shape))
-    image = ax.imshow(shown, cmap=SEQUENTIAL, vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
+    # By the square root: the first rows of a causal pattern are near 1, what is of interest is far below.
+    scale = PowerNorm(0.5, vmin=0, vmax=float(shown.max()) if vmax is None else vmax)
+    ax.set_facecolor(NOTHING)
+    seen = np.ma.masked_equal(shown, 0)
+    image = ax.imshow(seen, cmap=SEQUENTIAL, norm=scale, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=ax, label="attention weight (share of the row)")
     _label_axis(ax.yaxis, "query", shown.shape[0], texts[0])
     _label_axis(ax.xaxis, "key", shown.shape[1], texts[1], rotation=90)
@@ -69,9 +79,27 @@ def _label_axis(axis: Any, role: str, length: int, texts: Sequence[str] | None, 
     if texts is None:
         axis.set_label_text(f"{role} (position)")
         return
-    places = range(0, length, -(-length // MAX_LABELS))
-    axis.set_ticks(list(places), [literal(texts[place]) for place in places], fontsize=8, **style)
+    places, shown = _joined(texts)
+    step = -(-len(places) // MAX_LABELS)
+    axis.set_ticks(places[::step], [one_line(text) for text in shown[::step]], fontsize=8, **style)
     axis.set_label_text(f"{role} token")
+
+
+def _joined(texts: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Where to label what: a run of one text, such as an image's tokens, gets one label at its middle."""
+    places: list[float] = []
+    shown: list[str] = []
+    start = 0
+    for text, run in groupby(texts):
+        count = len(list(run))
+        if count < MIN_RUN:
+            places += [float(start + number) for number in range(count)]
+            shown += [text] * count
+        else:
+            places.append(start + (count - 1) / 2)
+            shown.append(f"{text} x {count}")
+        start += count
+    return places, shown
 
 
 def _labelled(attention: Any) -> tuple[NDArray[Any], list[str] | None, list[str] | None]:

@@ -14,7 +14,7 @@ from mechanistic.store.errors import DataError, DimensionError
 from mechanistic.store.schema import KIND
 
 from .attention_weights import pattern_of, plain_array
-from .palette import SEQUENTIAL, literal, new_axes, save
+from .palette import VERMILLION, literal, new_axes, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def plot_attention_on_image(
     image_index: int = 0,
     tile: int | None = None,
     title: str = "",
-    alpha: float = 0.6,
+    alpha: float = 0.9,
     ax: Axes | None = None,
     save_path: str | Path | None = None,
 ) -> tuple[Figure, Axes]:
@@ -51,7 +51,7 @@ def plot_attention_on_image(
     boxes (key, 4)
         For a plain array: x0, y0, x1, y1 of each token in pixels of `image`.
     alpha
-        Opacity of the overlay, 0 to 1.
+        Opacity of the largest weight, 0 to 1; a weight of 0 leaves the image as it is.
 
     Raises
     ------
@@ -123,11 +123,14 @@ def image_pixels(image: Any) -> NDArray[Any]:
 
 
 def _overlay(figure: Figure, ax: Axes, weights: NDArray[Any], places: NDArray[Any], alpha: float) -> None:
+    """One colour, the more opaque the more attention: what is not looked at stays as it is."""
     from matplotlib.collections import PatchCollection
+    from matplotlib.colors import ListedColormap, to_rgb
     from matplotlib.patches import Rectangle
 
+    ramp = ListedColormap([(*to_rgb(VERMILLION), opacity) for opacity in np.linspace(0, alpha, 256)])
     cells = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places.tolist()]
-    overlay = PatchCollection(cells, cmap=SEQUENTIAL, alpha=alpha, linewidth=0, antialiased=False)
+    overlay = PatchCollection(cells, cmap=ramp, linewidth=0, antialiased=False)
     overlay.set_array(weights)
     overlay.set_clim(0, float(weights.max()) or 1.0)
     ax.add_collection(overlay)

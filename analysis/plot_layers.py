@@ -10,7 +10,7 @@ import xarray as xr
 
 from mechanistic.store.errors import DimensionError
 
-from .palette import add_legend, colours, literal, new_axes, quiet, save
+from .palette import add_legend, colours, literal, new_axes, one_line, quiet, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,19 +48,20 @@ def plot_layers(
     split = _split(summary, variable, by)
     names = [None] if split is None else summary[split].values.tolist()
     figure, ax = new_axes(ax)
+    lines = {}
     for place, (name, colour) in enumerate(zip(names, colours(names), strict=True)):
         line = summary if split is None else summary.isel({split: place})
         layers = np.asarray(line["layer"].values)
         count = f"n = {int(line['n_sample']):,}" if "n_sample" in line else ""
-        text = ", ".join(part for part in ("" if name is None else literal(name), count) if part)
-        ax.plot(layers, line[variable].values, color=colour, marker="o", markersize=4, label=text)
+        text = ", ".join(part for part in ("" if name is None else one_line(name), count) if part)
+        (lines[text],) = ax.plot(layers, line[variable].values, color=colour, marker="o", markersize=4)
         if f"{variable}_low" in line:
             low, high = (np.asarray(line[f"{variable}_{end}"].values) for end in ("low", "high"))
             ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
     label_layers(ax, summary["layer"])
     ax.set_ylabel(literal(label or _axis_label(summary[variable])))
     ax.set_title(literal(title), fontsize=10)
-    add_legend(ax)
+    add_legend(ax, lines)
     quiet(ax)
     save(figure, save_path)
     return figure, ax

@@ -40,7 +40,7 @@ def plot_probe(
         raise DimensionError(
             "there is no probe to draw.", "Pass what linear_probe returns, or a dict of such results by name."
         )
-    figure, ax = new_axes(ax, (5.8, 3.8))
+    figure, ax = new_axes(ax, (7.4, 3.8))
     for (name, probe), colour in zip(named.items(), colours(list(named)), strict=True):
         _draw(ax, literal(name), probe, colour)
     for level in sorted({round(float(probe["chance"]), 6) for probe in named.values()}):
@@ -51,7 +51,8 @@ def plot_probe(
     label_layers(
         ax, xr.concat([probe["layer"] for probe in named.values()], "layer").drop_duplicates("layer")
     )
-    add_legend(ax)
+    ax.plot([], [], color=GREY, ls="--", lw=1.2, label="labels shuffled")
+    add_legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
     quiet(ax)
     save(figure, save_path)
     return figure, ax
@@ -67,8 +68,7 @@ def _draw(ax: Axes, name: str, probe: xr.Dataset, colour: str) -> None:
     ax.fill_between(
         layers, values("accuracy_low"), values("accuracy_high"), color=colour, alpha=0.2, linewidth=0
     )
-    shuffled = ", ".join(part for part in (name, "labels shuffled") if part)
-    ax.plot(layers, values("shuffled_accuracy"), color=colour, ls="--", lw=1.2, label=shuffled)
+    ax.plot(layers, values("shuffled_accuracy"), color=colour, ls="--", lw=1.2)
     ax.fill_between(
         layers,
         values("shuffled_accuracy_low"),

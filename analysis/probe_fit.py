@@ -56,12 +56,19 @@ def fit_moments(moments: list[FoldMoments], design: ProbeDesign, penalties: tupl
 
 
 def fit_block(block: NDArray[Any], design: ProbeDesign, penalties: tuple[float, ...], layer: int) -> ProbeFit:
-    """Fit one layer from all of its rows."""
+    """Fit one layer from all of its rows: from their moments, or row by row where features are more."""
     features = block[0]
+    if features.shape[0] > features.shape[1]:
+        return fit_moments(moments_of_block(block, design, 0, layer, None), design, penalties)
     _require_finite(features, design, 0, layer)
     classes = len(design.classes)
     problem = RowRidge(features, _targets(design, slice(None)), design.fold, design.folds)
     return ProbeFit(fit_folds(problem, penalties, classes), classes)
+
+
+def predict_again(block: Any, probe: ProbeFit, design: ProbeDesign, start: int) -> NDArray[np.int16]:
+    """`predict_block` of a dask block that is read here and now, and dropped afterwards."""
+    return predict_block(block.compute(scheduler="synchronous"), probe, design, start)
 
 
 def predict_block(block: NDArray[Any], probe: ProbeFit, design: ProbeDesign, start: int) -> NDArray[np.int16]:

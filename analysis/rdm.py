@@ -125,12 +125,17 @@ def representational_dissimilarity(
 
 
 def _check_names(metric: str, covariance: str) -> None:
-    for value, allowed, name in ((metric, get_args(Metric), "metric"), (covariance, get_args(Covariance), "covariance")):
+    for value, allowed, name in (
+        (metric, get_args(Metric), "metric"),
+        (covariance, get_args(Covariance), "covariance"),
+    ):
         if value not in allowed:
             raise SpecificationError(f"There is no {name} '{value}'.", f"Choose {', '.join(allowed)}.")
 
 
-def _choices(metric: str, partitions: str | int, covariance: str, shrinkage: Shrinkage, seed: int) -> dict[str, Any]:
+def _choices(
+    metric: str, partitions: str | int, covariance: str, shrinkage: Shrinkage, seed: int
+) -> dict[str, Any]:
     choices: dict[str, Any] = {"metric": metric}
     if metric in ("mahalanobis", "crossnobis"):
         choices |= {"covariance": covariance}
@@ -175,7 +180,9 @@ def _plan(
         noise = grouped.code if covariance == "within" else np.zeros(len(grouped.rows), np.int64)
     names = np.asarray(grouped.labels["condition"])
     numbers, samples = tuple(layer_numbers(rows)), sample_numbers(rows)[grouped.rows]
-    return RdmPlan(metric, numbers, samples, names, grouped.code, partition, parts, averaged, noise, shrinkage)
+    return RdmPlan(
+        metric, numbers, samples, names, grouped.code, partition, parts, averaged, noise, shrinkage
+    )
 
 
 def _labelled(blocks: list[Any], rows: xr.DataArray, grouped: Conditions, metric: str) -> xr.Dataset:

@@ -10,17 +10,9 @@ import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
-from .noise_covariance import (
-    GroupSums,
-    Scatter,
-    Shrinkage,
-    add_group_sums,
-    add_scatter,
-    shrunk_covariance,
-    whitener,
-)
+from .noise_covariance import GroupSums, Scatter, Shrinkage, shrunk_covariance, whitener
 from .rdm_kernels import Patterns, correlation_block, correlation_patterns, distance_block, distance_patterns
-from .representation_rows import BLOCK_ROWS, RowBlocks, finite_rows
+from .representation_rows import BLOCK_ROWS, RowBlocks, finite_rows, open_block
 
 
 @dataclass(frozen=True)
@@ -55,9 +47,11 @@ def dissimilarity_blocks(blocks: RowBlocks, plan: RdmPlan) -> list[Any]:
 
 
 def _layer(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int, dtype: Any) -> Any:
-    whiten = _whitener(blocks, plan, shared, place)
+    whiten = None
+    if plan.noise is not None:
+        whiten = dask.delayed(_whitener)(blocks.of(place), blocks.starts, shared, place, dtype)
     if plan.averaged:
-        means = _means(blocks, plan, shared, place)
+        means = dask.delayed(_means)(blocks.of(place), blocks.starts, shared, place, dtype)
         shift = dask.delayed(_shift_of_means)(means)
         starts = [*range(0, plan.count, BLOCK_ROWS), plan.count]
         patterns = [
@@ -92,78 +86,50 @@ def _row_patterns(
     ]
 
 
-def _means(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int) -> Any:
-    """Delayed means (partition, condition, feature)."""
-    sums = None
-    for start, block in zip(blocks.starts, blocks.of(place), strict=False):
-        sums = dask.delayed(_add_cells)(block, start, shared, place, sums)
-    return dask.delayed(_finish_means)(sums, shared, np.result_type(blocks.values.dtype, np.float32))
+def _rows(block: Any, start: int, plan: RdmPlan, place: int) -> tuple[NDArray[Any], slice]:
+    opened = open_block(block)
+    span = slice(start, start + opened.shape[1])
+    return finite_rows(opened, plan.samples[span], plan.layers[place]), span
 
 
-def _whitener(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int) -> Any:
-    if plan.noise is None:
-        return None
-    sums = None
-    for start, block in zip(blocks.starts, blocks.of(place), strict=False):
-        sums = dask.delayed(_add_noise_groups)(block, start, shared, place, sums)
-    centres = dask.delayed(GroupSums.means)(sums)
-    scatter = None
-    for start, block in zip(blocks.starts, blocks.of(place), strict=False):
-        scatter = dask.delayed(_add_residuals)(block, start, centres, shared, place, scatter)
-    return dask.delayed(_finish_whitener)(scatter, shared, place)
-
-
-def _rows(block: NDArray[Any], start: int, plan: RdmPlan, place: int) -> tuple[NDArray[Any], slice]:
-    span = slice(start, start + block.shape[1])
-    return finite_rows(block, plan.samples[span], plan.layers[place]), span
-
-
-def _add_cells(
-    block: NDArray[Any], start: int, plan: RdmPlan, place: int, before: GroupSums | None
-) -> GroupSums:
-    rows, span = _rows(block, start, plan, place)
-    cell = plan.partition[span] * plan.count + plan.code[span]
-    return add_group_sums(rows, cell, plan.parts * plan.count, before)
-
-
-def _finish_means(sums: GroupSums, plan: RdmPlan, dtype: Any) -> NDArray[Any]:
+def _means(blocks: list[Any], starts: list[int], plan: RdmPlan, place: int, dtype: Any) -> NDArray[Any]:
+    """Means (partition, condition, feature) of one layer."""
+    sums: GroupSums | None = None
+    for start, block in zip(starts, blocks, strict=False):
+        rows, span = _rows(block, start, plan, place)
+        sums = sums or GroupSums(plan.parts * plan.count, rows.shape[1])
+        sums.add(rows, plan.partition[span] * plan.count + plan.code[span])
+    assert sums is not None
     return sums.means().astype(dtype).reshape(plan.parts, plan.count, -1)
 
 
-def _add_noise_groups(
-    block: NDArray[Any], start: int, plan: RdmPlan, place: int, before: GroupSums | None
-) -> GroupSums:
-    rows, span = _rows(block, start, plan, place)
-    assert plan.noise is not None
-    return add_group_sums(rows, plan.noise[span], int(plan.noise.max()) + 1, before)
-
-
-def _add_residuals(
-    block: NDArray[Any],
-    start: int,
-    centres: NDArray[np.float64],
-    plan: RdmPlan,
-    place: int,
-    before: Scatter | None,
-) -> Scatter:
-    rows, span = _rows(block, start, plan, place)
-    assert plan.noise is not None
-    return add_scatter(rows, plan.noise[span], centres, before)
-
-
-def _finish_whitener(scatter: Scatter, plan: RdmPlan, place: int) -> NDArray[np.float64]:
+def _whitener(blocks: list[Any], starts: list[int], plan: RdmPlan, place: int, dtype: Any) -> NDArray[Any]:
+    """The whitener (feature, feature) of one layer, in two passes over its rows."""
     assert plan.noise is not None
     groups = int(plan.noise.max()) + 1
+    sums: GroupSums | None = None
+    for start, block in zip(starts, blocks, strict=False):
+        rows, span = _rows(block, start, plan, place)
+        sums = sums or GroupSums(groups, rows.shape[1])
+        sums.add(rows, plan.noise[span])
+    assert sums is not None
+    means = sums.means().astype(dtype)
+    scatter = Scatter(means.shape[1])
+    for start, block in zip(starts, blocks, strict=False):
+        rows, span = _rows(block, start, plan, place)
+        scatter.add(rows, plan.noise[span], means)
     covariance = shrunk_covariance(scatter, groups=groups, shrinkage=plan.shrinkage)
-    return whitener(covariance, plan.layers[place])
+    return whitener(covariance, plan.layers[place]).astype(dtype)
 
 
 def _shift_of_means(means: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(means.mean(axis=(0, 1), dtype=np.float64))
 
 
-def _shift_of_rows(block: NDArray[Any]) -> NDArray[np.float64]:
-    return np.asarray(block[0].mean(axis=0, dtype=np.float64))
+def _shift_of_rows(block: Any) -> NDArray[np.float64]:
+    # What is not finite is reported by the tasks that use the rows.
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray(open_block(block)[0].mean(axis=0, dtype=np.float64))
 
 
 def _patterns_of_means(
@@ -171,7 +137,7 @@ def _patterns_of_means(
     start: int,
     stop: int,
     shift: NDArray[np.float64],
-    whiten: NDArray[np.float64] | None,
+    whiten: NDArray[Any] | None,
     plan: RdmPlan,
     place: int,
 ) -> Patterns:
@@ -182,10 +148,10 @@ def _patterns_of_means(
 
 
 def _patterns_of_rows(
-    block: NDArray[Any],
+    block: Any,
     start: int,
     shift: NDArray[np.float64],
-    whiten: NDArray[np.float64] | None,
+    whiten: NDArray[Any] | None,
     plan: RdmPlan,
     place: int,
 ) -> Patterns:

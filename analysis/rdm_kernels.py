@@ -93,8 +93,7 @@ def distance_block(first: Patterns, second: Patterns, same: bool) -> NDArray[Any
 
     def finish(tile: NDArray[Any], rows: slice, columns: slice) -> None:
         tile *= -2
-        tile += first.lengths[rows, None]
-        tile += second.lengths[None, columns]
+        tile += first.lengths[rows, None] + second.lengths[None, columns]
         tile /= width
         if not cross_validated:
             np.maximum(tile, 0, out=tile)
@@ -108,6 +107,12 @@ def _tiles(
     """Products of all pairs, each tile finished in place; of a symmetric block the upper half is mirrored."""
     others = second.others
     rows, columns = first.values.shape[1], others.shape[1]
+    if same and len(others) == 1:
+        # The product of a matrix and its own transpose is symmetric, and BLAS computes half of it.
+        result = np.asarray(first.values[0] @ first.values[0].T)
+        finish(result, slice(None), slice(None))
+        np.fill_diagonal(result, 0)
+        return result
     result = np.empty((rows, columns), first.values.dtype)
     step = TILE if same else max(1, rows)
     for start in range(0, rows, step):

@@ -19,7 +19,9 @@ def write_dissimilarity(rdm: xr.Dataset, path: str | Path) -> xr.Dataset:
     OutputExistsError  something is at `path`.
     """
     if Path(path).exists():
-        raise OutputExistsError(f"{path} exists.", "Remove it, or name another path; open it with open_dissimilarity.")
+        raise OutputExistsError(
+            f"{path} exists.", "Remove it, or name another path; open it with open_dissimilarity."
+        )
     values = rdm["dissimilarity"]
     encoding = {"dissimilarity": {"compressors": compressors(str(values.dtype))}}
     if values.chunks is not None:

@@ -8,7 +8,6 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.graph_manipulation import clone
 from numpy.typing import NDArray
 
 from mechanistic.store import site as site_of
@@ -120,10 +119,11 @@ def layer_numbers(rows: xr.DataArray) -> list[int]:
 
 
 class RowBlocks:
-    """Blocks (1, row, feature) of each layer, small enough to hold a few; delayed.
+    """Blocks (1, row, feature) of each layer, small enough to hold a few.
 
-    `of(layer)` gives the blocks of a layer to one consumer. While a layer's rows fit `max_bytes` every consumer
-    shares them; beyond that each reads them again, so that nothing is held.
+    `of(layer)` gives the blocks of a layer to one consumer, to be opened with `open_block` inside its task. While
+    a layer's rows fit `max_bytes` all consumers share them; beyond that each reads them again, so that nothing
+    is held.
     """
 
     def __init__(self, values: Any, max_bytes: int) -> None:
@@ -135,20 +135,36 @@ class RowBlocks:
         self._shared = self.values.to_delayed() if self.held else None
 
     def of(self, layer: int) -> list[Any]:
-        """The delayed blocks of one layer, by its place on the layer axis."""
+        """The blocks of one layer, by its place on the layer axis: arguments for a delayed call."""
         if self._shared is not None:
             return list(self._shared[layer, :, 0])
-        return list(clone(self.values[layer : layer + 1]).to_delayed()[0, :, 0])
+        spans = zip(self.starts[:-1], self.starts[1:], strict=True)
+        return [UnreadBlock(self.values[layer : layer + 1, start:stop]) for start, stop in spans]
 
 
-def finite_rows(block: NDArray[Any], samples: NDArray[np.int64], layer: int) -> NDArray[Any]:
-    """A block (1, row, feature) as rows in at least single precision.
+class UnreadBlock:
+    """A lazy block that dask passes on unread; no other task can come to share what it reads."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+
+def open_block(block: NDArray[Any] | UnreadBlock) -> NDArray[Any]:
+    """The values (1, row, feature) of what `RowBlocks.of` gave to a task."""
+    if isinstance(block, UnreadBlock):
+        return np.asarray(block.values.compute(scheduler="synchronous"))
+    return block
+
+
+def finite_rows(block: NDArray[Any] | UnreadBlock, samples: NDArray[np.int64], layer: int) -> NDArray[Any]:
+    """Open a block (1, row, feature) as rows in at least single precision; `samples` are those of its rows.
 
     Raises
     ------
     DataError  a value is NaN or infinite; names layer and sample.
     """
-    values = np.asarray(block[0], np.result_type(block.dtype, np.float32))
+    opened = open_block(block)[0]
+    values = np.asarray(opened, np.result_type(opened.dtype, np.float32))
     with np.errstate(invalid="ignore", over="ignore"):
         sums = values @ np.ones(values.shape[1], values.dtype)
     suspects = np.flatnonzero(~np.isfinite(sums))

@@ -6,7 +6,7 @@ device. What it says about shapes is proven by the forward at attach (proof.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,14 @@ class Anatomy:
     final_norm: nn.Module | None
     unembedding: nn.Module | None
     image_token_id: int | None
+
+    def module_layers(self, stacks: Collection[str]) -> dict[nn.Module, tuple[str, int]]:
+        """Stack and layer number of every module inside a layer of the named stacks."""
+        return {
+            module: (name, layer)
+            for name in stacks
+            for module, layer in self.stack(name).module_layers().items()
+        }
 
     def stack(self, name: str) -> Stack:
         """The stack called `name`. ModelError names those that the model has."""

@@ -6,7 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from .dataset_names import NAMES, open_dataset
+from mechanistic.store.errors import UsageError
+
+from .datasets import dataset_names, open_dataset
 from .specification import ATTENTION_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
 
 _EPILOG = f"""\
@@ -54,7 +56,15 @@ def _what(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="spatial-tiny (bundled), another known name, a folder, or a hub id such as owner/model",
     )
-    group.add_argument("--dataset", required=True, metavar="NAME", help=f"the questions: {', '.join(NAMES)}")
+    group.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help=f"the questions: {', '.join(dataset_names())}; or a .jsonl or .parquet file or folder",
+    )
+    group.add_argument(
+        "--data-root", metavar="DIR", help="where the files of a named dataset are, or the images of a file"
+    )
     group.add_argument("--output-dir", required=True, metavar="RUN", help="folder of the run")
     group.add_argument(
         "--num-samples", type=_positive, metavar="N", help="only the first N samples (default: all)"
@@ -98,20 +108,17 @@ def _how(group: argparse._ArgumentGroup) -> None:
 def _capture(args: argparse.Namespace) -> int:
     """Run the command; errors are the caller's to print."""
     parse_sites(args.sites)
-    dataset = open_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed)
+    dataset = open_dataset(
+        args.dataset, data_root=args.data_root, num_samples=args.num_samples, seed=args.seed
+    )
     loading: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("dtype", "device", "device_map", "revision", "trust_remote_code")
         if getattr(args, name)
     }
     # torch and transformers load here, after everything that can be refused without them.
-    import transformers
-
+    _require_libraries(quiet=args.quiet)
     from .job import capture_run, price_run
-
-    if args.quiet or not sys.stderr.isatty():
-        library: Any = transformers
-        library.utils.logging.disable_progress_bar()
 
     settings: dict[str, Any] = {
         "sites": args.sites,
@@ -134,6 +141,20 @@ def _capture(args: argparse.Namespace) -> int:
     )
     print(done.message())
     return 0
+
+
+def _require_libraries(*, quiet: bool) -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as cause:
+        raise UsageError(
+            f"Capturing needs torch and transformers; {cause.name or 'one of them'} is not installed.",
+            'Install them: pip install "mechanistic[capture]"',
+        ) from cause
+    if quiet or not sys.stderr.isatty():
+        library: Any = transformers
+        library.utils.logging.disable_progress_bar()
 
 
 def _positive(text: str) -> int:

@@ -93,7 +93,15 @@ def rows_of(site: ResolvedSite, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
-    """Copy to numpy in the stored dtype; a cast that would make a finite value infinite is refused."""
+    """Copy to numpy in the stored dtype.
+
+    CaptureError for a cast that was not asked for, or that would make a finite value infinite.
+    """
+    if site.spec.dtype is None and rows.dtype != getattr(torch, site.source_dtype):
+        raise CaptureError(
+            f"{site.stack.name}.{layer}.{site.spec.site} is {rows.dtype}, the model {site.source_dtype}.",
+            f"Say how to store it: {site.spec.to_string()}:float32.",
+        )
     stored = rows.to(getattr(torch, site.dtype))
     if (
         site.dtype == "float16"
@@ -125,30 +133,13 @@ def capture_forward(
     CaptureError    a layer was not seen, a mask is not what was proven, or a cast would overflow.
     """
     collector = Collector(sites, batch, loaded.model.device)
-    layer_of = {
-        module: (stack.name, layer)
-        for stack in loaded.anatomy.stacks.values()
-        for module, layer in stack.module_layers().items()
-    }
-    wanted_calls = {(site.stack.name, site.spec.site) for site in sites if site.heads is not None}
-    checked: list[tuple[Tensor | None, MaskRule]] = []
-    sequences = batch.sequences
-
-    def attended(call: AttentionCall) -> None:
-        stack, layer = layer_of.get(call.module, ("", -1))
-        if not any(name == stack for name, _ in wanted_calls):
-            return
-        rule = rules[stack][layer]
-        layouts = sequences if stack == "text" else _whole(call)
-        # Layers share mask tensors: each is compared with a rule once.
-        if not any(mask is call.mask and known == rule for mask, known in checked):
-            check_rule(rule, call, layouts, f"{stack}.{layer}")
-            checked.append((call.mask, rule))
-        take_attention(collector, stack, layer, call)
-
+    attended = {site.stack.name for site in sites if site.heads is not None}
     with ExitStack() as active:
-        if wanted_calls:
-            active.enter_context(tapped(loaded.model, attended))
+        if attended:
+            layers = loaded.anatomy.module_layers(attended)
+            active.enter_context(
+                tapped(loaded.model, AttentionWatch(collector, layers, rules, batch.sequences))
+            )
         for stack in loaded.anatomy.stacks.values():
             wanted = {
                 name: sorted({layer for site in group for layer in site.layers})
@@ -161,15 +152,44 @@ def capture_forward(
     return collector.finish(), logits
 
 
-def take_attention(collector: Collector, stack: str, layer: int, call: AttentionCall) -> None:
-    """Hand the parts of one attention call to the collector, each as (batch, token, head, d_head)."""
-    collector.take(stack, layer, "q", call.query.transpose(1, 2))
-    collector.take(stack, layer, "k", call.key.transpose(1, 2))
-    collector.take(stack, layer, "v", call.value.transpose(1, 2))
-    collector.take(stack, layer, "z", call.output)
+class AttentionWatch:
+    """Checks the mask of each attention call against its layer's rule, and hands its parts on."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        layers: Mapping[nn.Module, tuple[str, int]],
+        rules: Mapping[str, Mapping[int, MaskRule]],
+        sequences: Sequence[SequenceLayout],
+    ) -> None:
+        self.collector = collector
+        self.layers = layers
+        self.rules = rules
+        self.sequences = sequences
+        self._checked: list[tuple[Tensor | None, MaskRule]] = []
+
+    def __call__(self, call: AttentionCall) -> None:
+        if call.module not in self.layers:
+            return
+        stack, layer = self.layers[call.module]
+        self._check(call, stack, layer)
+        # Each part as (batch, token, head, d_head).
+        self.collector.take(stack, layer, "q", call.query.transpose(1, 2))
+        self.collector.take(stack, layer, "k", call.key.transpose(1, 2))
+        self.collector.take(stack, layer, "v", call.value.transpose(1, 2))
+        self.collector.take(stack, layer, "z", call.output)
+
+    def _check(self, call: AttentionCall, stack: str, layer: int) -> None:
+        rule = self.rules[stack][layer]
+        # Layers share mask tensors: each is compared with a rule once.
+        if any(mask is call.mask and known == rule for mask, known in self._checked):
+            return
+        layouts = self.sequences if stack == "text" else encoder_sequences(call)
+        check_rule(rule, call, layouts, f"{stack}.{layer}")
+        self._checked.append((call.mask, rule))
 
 
-def _whole(call: AttentionCall) -> list[SequenceLayout]:
+def encoder_sequences(call: AttentionCall) -> list[SequenceLayout]:
     """Encoder sequences have no padding, no answer and no image blocks."""
     tokens = call.query.shape[2]
     return [SequenceLayout(np.full(tokens, -1, np.int16), tokens)] * call.query.shape[0]

@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from mechanistic.store import RunWriter, read_manifest
-from mechanistic.store.errors import OutputExistsError
+from mechanistic.store.errors import OutputExistsError, SpecificationError
 from mechanistic.store.schema import CORRECT
 from mechanistic.store.writer import differences
 
@@ -178,6 +178,11 @@ class Job:
         self.settings = settings
         self.sites = resolve_sites(settings.sites, loaded.anatomy, loaded.dtype)
         self.survey = survey(dataset)
+        if not self.survey.has_images and any(site.stack.name == "vision" for site in self.sites):
+            raise SpecificationError(
+                f"Vision sites were asked for, and no sample of {dataset.name} has an image.",
+                "Ask for text sites only, or for a dataset with images.",
+            )
         self.texts = TokenTexts(loaded.tokenizer)
 
     def price(self) -> Price:

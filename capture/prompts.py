@@ -15,6 +15,7 @@ from torch import Tensor
 from mechanistic.store.errors import CaptureError, ModelError
 
 from .dataset import Sample
+from .roles import tokens_in
 
 Inputs = dict[str, Tensor]
 
@@ -43,6 +44,19 @@ class EncodedPrompts:
         """Token ids of one prompt, without padding."""
         ids: NDArray[np.int64] = self.inputs["input_ids"][row, : self.lengths[row]].numpy()
         return ids
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and the characters (token, [start, end]) that each stands for."""
+
+    ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    def within(self, span: tuple[int, int]) -> tuple[list[int], list[list[int]]]:
+        """Ids and characters of the tokens that overlap a span."""
+        inside = tokens_in([span], self.offsets)
+        return self.ids[inside].tolist(), self.offsets[inside].tolist()
 
 
 def build_prompt(processor: Any, sample: Sample) -> Prompt:
@@ -116,18 +130,28 @@ def encode_prompts(
     mapping = inputs.pop("offset_mapping").numpy()
     lengths = inputs["attention_mask"].sum(1).numpy()
     plain = tokenizer(texts, add_special_tokens=settings["add_special_tokens"], return_offsets_mapping=True)
-    offsets = [
-        mapping[row, :length]
-        - _shift(mapping[row, :length], plain["offset_mapping"][row])
-        - prompt.question[0]
-        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
-    ]
+    offsets = []
+    for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+        alone = Tokens(np.array(plain["input_ids"][row]), np.array(plain["offset_mapping"][row]))
+        together = Tokens(inputs["input_ids"][row, :length].numpy(), mapping[row, :length])
+        offsets.append(_in_the_prompt(prompt, together, alone).offsets - prompt.question[0])
     return EncodedPrompts(inputs, lengths, offsets)
 
 
-def _shift(expanded: NDArray[np.int64], plain: Sequence[tuple[int, int]]) -> int:
-    """How many characters the expanded image placeholders, all before the question, added."""
-    return int(max(end for _, end in expanded) - max(end for _, end in plain))
+def _in_the_prompt(prompt: Prompt, expanded: Tokens, plain: Tokens) -> Tokens:
+    """The tokens of the expanded prompt, counted in characters of the prompt as it is.
+
+    Placeholders, all before the question, grew; so what is behind them is counted from the end, and must then
+    be the very tokens of the prompt as it is. CaptureError if it is not.
+    """
+    shift = expanded.offsets[:, 1].max() - plain.offsets[:, 1].max()
+    moved = Tokens(expanded.ids, expanded.offsets - shift)
+    if moved.within(prompt.question) != plain.within(prompt.question):
+        raise CaptureError(
+            f"The processor changes the prompt around a question: {prompt.text[slice(*prompt.question)]!r}.",
+            "Its words cannot be found by their characters; this model's processor needs an adapter.",
+        )
+    return moved
 
 
 def pad_left(inputs: Inputs) -> Inputs:

@@ -17,10 +17,10 @@ import torch
 
 from mechanistic.store.errors import CaptureError, ModelError
 
-from .anatomy import Anatomy, Stack
+from .anatomy import Stack
 from .batch import Batch
-from .forward import last_prompt_logits
-from .mask_rules import MaskRule, SequenceLayout, describe, find_rule
+from .forward import encoder_sequences, last_prompt_logits
+from .mask_rules import MaskRule, describe, find_rule
 from .models import LoadedModel
 from .residual import Halves, LayerProbe, relative_error
 from .tap import AttentionCall, tapped
@@ -73,6 +73,11 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
     ModelError      a layer attends by code of its own, or shapes are not what the configuration says.
     CaptureError    rebuilt attention is not the model's own, no mask rule fits, or observing changes logits.
     """
+    if loaded.dtype not in TOLERANCE:
+        raise ModelError(
+            f"This model computes in {loaded.dtype}, which cannot be captured.",
+            f"Load it with dtype= one of {', '.join(TOLERANCE)}.",
+        )
     tolerance = TOLERANCE[loaded.dtype]
     before = last_prompt_logits(loaded.model, batch)
     stacks, observed = _observe(loaded, batch, attention, tolerance)
@@ -96,12 +101,12 @@ def _observe(
 ) -> tuple[dict[str, StackProof], np.ndarray[Any, Any] | None]:
     anatomy = loaded.anatomy
     stacks = {name: StackProof() for name in anatomy.stacks if name != "vision" or any(batch.images)}
-    layer_of = _layers(anatomy)
+    layer_of = anatomy.module_layers(attention)
     probes = {name: [LayerProbe(layer, tolerance) for layer in anatomy.stack(name).layers] for name in stacks}
 
     def attended(call: AttentionCall) -> None:
-        name, layer = layer_of.get(call.module, ("", -1))
-        if name in attention:
+        if call.module in layer_of:
+            name, layer = layer_of[call.module]
             _examine(call, anatomy.stack(name), layer, stacks[name], batch)
 
     with ExitStack() as watching:
@@ -112,14 +117,6 @@ def _observe(
     for name, each in probes.items():
         _join_halves(stacks[name], each)
     return stacks, logits
-
-
-def _layers(anatomy: Anatomy) -> dict[torch.nn.Module, tuple[str, int]]:
-    return {
-        module: (stack.name, layer)
-        for stack in anatomy.stacks.values()
-        for module, layer in stack.module_layers().items()
-    }
 
 
 def _examine(call: AttentionCall, stack: Stack, layer: int, proof: StackProof, batch: Batch) -> None:
@@ -138,11 +135,7 @@ def _examine(call: AttentionCall, stack: Stack, layer: int, proof: StackProof, b
             f"{where}: a position bias is added to its attention scores, which q and k do not hold.",
             "Models with relative position bias cannot be captured yet.",
         )
-    if stack.name == "text":
-        layouts = batch.sequences
-    else:
-        tokens = call.query.shape[2]
-        layouts = [SequenceLayout(np.full(tokens, -1, np.int16), tokens)] * call.query.shape[0]
+    layouts = batch.sequences if stack.name == "text" else encoder_sequences(call)
     rule = find_rule(call, layouts, where)
     proof.rules[layer] = rule
     proof.attention[str(layer)] = describe(rule, call)

@@ -140,18 +140,15 @@ def order_of_mention(text: str, options: Sequence[str]) -> tuple[str, ...] | Non
 
 def mentions(text: str, name: str) -> bool:
     """Whether the text names it as whole words, in any case, singular or plural, hyphens read as spaces."""
-    words = [re.escape(_stem(word)) + r"(?:e?s)?" for word in name.replace("-", " ").split()]
+    words = [_singular_or_plural(word) for word in name.replace("-", " ").split()]
     flat = text.replace("-", " ")
     return bool(words) and re.search(_whole(r"\s+".join(words)), flat, re.IGNORECASE) is not None
 
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names are one but for case, spaces, hyphens and a plural, as in "beer-bottle"."""
-    return _folded(one) == _folded(other)
-
-
-def _folded(name: str) -> str:
-    return _stem(re.sub(r"[\W_]+", "", name).casefold())
+    first, second = (re.sub(r"[\W_]+", "", name).casefold() for name in (one, other))
+    return bool(first) and re.fullmatch(_singular_or_plural(first), second) is not None
 
 
 def _listing(text: str, options: Sequence[str]) -> list[Span] | None:
@@ -174,5 +171,9 @@ def _whole(pattern: str) -> str:
     return rf"(?<!\w)(?:{pattern})(?!\w)"
 
 
-def _stem(word: str) -> str:
-    return re.sub(r"e?s$", "", word) if len(word) > 3 else word
+def _singular_or_plural(word: str) -> str:
+    """A pattern of the word, of it with -s or -es, and of what it may be the plural of."""
+    singulars = [
+        word.removesuffix(ending) for ending in ("s", "es") if len(word) > 3 and word.endswith(ending)
+    ]
+    return f"(?:{'|'.join([rf'{re.escape(word)}(?:e?s)?', *map(re.escape, singulars)])})"

@@ -33,6 +33,7 @@ RESERVED = {column.name for column in sample_columns(1)} | {
     "option_note",
     "row",
     "problem",
+    "published_question",
 }
 _LARGEST = 2**63
 

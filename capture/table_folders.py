@@ -93,8 +93,8 @@ def _open_single(path: Path, split: str | None) -> Table:
         held = ", ".join(each.name for each in tables) or "no table of questions"
         raise DatasetError(
             f"'{path}' holds {held}{f' for split {split!r}' if split and not tables else ''}.",
-            "A folder needs one .jsonl or .json file, or Parquet or Arrow files, with image, question, options"
-            " and answer. Where there are several, name the file.",
+            "A folder needs one .jsonl or .json file, or Parquet or Arrow files, with image, question, "
+            "options and answer. Where there are several, name the file.",
         )
     return JsonTable(tables[0])
 

@@ -203,7 +203,7 @@ class _Reader:
 
     def _group(self, annotation: Annotation | None, parsed: ParsedQuestion | None) -> str:
         if self.source.controlled:
-            return f"{self.source.name}-{parsed.subject}-{parsed.object}".replace(" ", "-") if parsed else ""
+            return f"{self.source.name}-{parsed.subject}_{parsed.object}".replace(" ", "-") if parsed else ""
         return f"{self.source.name}-{annotation.image}" if annotation and annotation.image else ""
 
     def _note(self, row: int, kind: str, what: str) -> None:

@@ -57,8 +57,8 @@ def synthetic_run(plan: Plan | None = None, **changes: Any) -> xr.DataTree:
     query = rng.normal(size=(len(layers), rows, plan.heads, plan.d_head))
     key = rng.normal(size=(len(layers), rows, plan.kv_heads, plan.d_head))
     if plan.hub is not None:
-        query[..., 0] += 6
-        key[:, tokens["position"].values == plan.hub, :, 0] += 6
+        query[..., 0] += 8
+        key[:, tokens["position"].values == plan.hub, :, 0] += 8
     resid = rng.normal(size=(len(layers), rows, plan.d_model))
     if plan.direction_layer is not None:
         directions = rng.normal(size=(len(RELATIONS), plan.d_model))
@@ -81,6 +81,13 @@ def synthetic_run(plan: Plan | None = None, **changes: Any) -> xr.DataTree:
         {"resid_post_last": (("layer", "sample", "d_model"), last)}, {"layer": layers}
     ).chunk(layer=1, sample=5)
     return xr.DataTree.from_dict(groups)
+
+
+def with_groups(run: xr.DataTree, **groups: xr.Dataset) -> xr.DataTree:
+    """A run with some groups replaced; `text_q` names text/q."""
+    held = {node.path: node.to_dataset(inherit=False) for node in run.subtree}
+    changed = {f"/{name.replace('_', '/', 1)}": group for name, group in groups.items()}
+    return xr.DataTree.from_dict(held | changed)
 
 
 def _samples(plan: Plan, rng: np.random.Generator) -> xr.Dataset:

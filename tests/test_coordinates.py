@@ -43,7 +43,7 @@ def loaded() -> LoadedModel:
 
 
 def inputs_of_layers(loaded: LoadedModel, images: list[Image.Image]) -> tuple[Any, Any]:
-    """What goes into the first decoder layer at the image tokens, and into the first encoder layer, by image."""
+    """What goes into the first decoder layer at image tokens, and into the first encoder layer, by image."""
     kept: dict[str, torch.Tensor] = {}
     handles = [
         loaded.anatomy.stack(name)

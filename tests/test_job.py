@@ -1,4 +1,4 @@
-"""Capture jobs: resumed runs equal uninterrupted ones, existing outputs are respected, errors lose nothing."""
+"""Capture jobs: resumed runs equal uninterrupted ones, existing outputs are safe, errors lose nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from tiny_models import Listed, llava, picture, samples
 
 import mechanistic.capture.job as job
 from mechanistic.capture.dataset import ImageError
+from mechanistic.capture.forward import to_host
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.sites import resolve_sites
+from mechanistic.capture.specification import parse_sites
 from mechanistic.store import open_run, read_manifest, site
 from mechanistic.store.errors import (
     CaptureError,
@@ -31,6 +34,7 @@ from mechanistic.store.errors import (
 )
 
 SITES = ("text.*.resid_post[text]", "text.*.q[text]", "text.*.k", "vision.*.resid_post")
+TEXT_ONLY = replace(samples(1)[0], images=())
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +298,7 @@ def test_capture_run__a_processor_that_rejects_a_sample_names_it(loaded: LoadedM
     [
         ({"sites": ["text.3.q"]}, SpecificationError, r"no layer 3 .*\n.*0-2"),
         ({"sites": ["text.*.k{2}"]}, SpecificationError, r"no head 2 .*\n.*0-1"),
+        ({"dataset": Listed((TEXT_ONLY,))}, SpecificationError, "no sample of listed has an image"),
         ({"batch_size": 0}, UsageError, "batch_size=0"),
         ({"dataset": Listed(())}, DatasetError, "no samples"),
     ],
@@ -308,7 +313,7 @@ def test_capture_run__refuses_before_it_writes(
 
 def test_capture_run__columns_must_be_the_same_everywhere(loaded: LoadedModel, tmp_path: Path) -> None:
     one, two = samples(2)
-    with pytest.raises(DatasetError, match="'s001'.*differ in their columns: even, note"):
+    with pytest.raises(DatasetError, match=r"'s001'.*differ in their columns: even, note"):
         capture(loaded, tmp_path / "run", dataset=Listed((one, replace(two, extra={"number": 1}))))
     with pytest.raises(DatasetError, match="column 'number' is string, before int64"):
         capture(
@@ -360,3 +365,15 @@ def test_capture_run__refuses_a_cast_that_overflows(tmp_path: Path) -> None:
         loaded.anatomy.stack("text").layers[1].mlp.down_proj.weight.mul_(1e6)  # type: ignore[union-attr]
     with pytest.raises(CaptureError, match=r"text\.1\.resid_post has values up to .* float16 cannot hold"):
         capture(loaded, tmp_path / "run", count=1, sites=["text.*.resid_post:float16"])
+
+
+def test_to_host__casts_nothing_in_silence(loaded: LoadedModel) -> None:
+    half, widened = (
+        resolve_sites(parse_sites([text]), loaded.anatomy, "float16")[0]
+        for text in ("text.1.mlp_out", "text.1.mlp_out:float32")
+    )
+    rows = torch.tensor([[1.5, 1e-9]])
+    with pytest.raises(CaptureError, match=r"text\.1\.mlp_out is torch\.float32, the model float16"):
+        to_host(rows, half, 1)
+    np.testing.assert_array_equal(to_host(rows, widened, 1), rows.numpy())
+    np.testing.assert_array_equal(to_host(rows.half(), half, 1), rows.half().numpy())

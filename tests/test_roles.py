@@ -8,7 +8,7 @@ from tiny_models import llava, picture, samples
 
 from mechanistic.capture.batch import Batch, prepare_batch
 from mechanistic.capture.dataset import Sample
-from mechanistic.capture.prompts import build_prompt
+from mechanistic.capture.prompts import build_prompt, encode_prompts
 from mechanistic.capture.roles import find_phrase, role_spans, tokens_in
 from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store.errors import CaptureError
@@ -107,3 +107,16 @@ def test_build_prompt__without_a_template_is_images_then_question() -> None:
     prompt = build_prompt(processor, samples(2, images=(1, 2))[1])
     assert prompt.text.startswith("<image><image>where is")
     assert prompt.text[slice(*prompt.question)] == samples(2)[1].question
+
+
+def test_encode_prompts__refuses_a_processor_that_moves_the_question() -> None:
+    processor = llava().processor
+    prompts = [build_prompt(processor, samples(1)[0])]
+
+    class Adds(type(processor)):  # type: ignore[misc]
+        def __call__(self, text: list[str], **kwargs: object) -> object:
+            return super().__call__(text=[f"{each} ." for each in text], **kwargs)
+
+    processor.__class__ = Adds
+    with pytest.raises(CaptureError, match="changes the prompt around a question"):
+        encode_prompts(processor, prompts, [[picture(0)]])
