@@ -150,9 +150,9 @@ def write_page(
     """index.html: what the model gets right, where it looks, where the relation becomes readable."""
     page = Report("How a small model tells left from right")
     page.paragraph(
-        f"{MODEL} is a vision-language model of about a million parameters, built like LLaVA and trained until "
-        "it really answers where one drawn object lies relative to another. This page was made from one stored "
-        "run: the model ran once, and everything below was computed from the store, without it."
+        f"{MODEL} is a vision-language model of about a million parameters, built like LLaVA and trained "
+        "until it really answers where one drawn object lies relative to another. The model ran once; "
+        "everything below was computed from the store, without it."
     )
     page.table(numbers)
     page.heading("What it gets right")
@@ -168,9 +168,10 @@ def write_page(
     page.figure(figures["heatmap"], "The same sample and layer among the words: queries down, keys across.")
     page.heading("At which layer the relation becomes readable")
     page.paragraph(
-        "A linear probe is trained at each layer to name the relation. The four scenes of a minimal-pair set, "
-        "in which only the relation changes, never straddle training and test. The relation can be read at the "
-        "question mark too, although patching it changes no answer: readable is not the same as used."
+        "A linear probe is trained at each layer to name the relation. The four scenes of a minimal-pair "
+        "set, in which only the relation changes, never straddle training and test. The relation can be "
+        "read at the question mark too, although patching it changes no answer: readable is not the same "
+        "as used."
     )
     page.figure(figures["probe"], "Probe accuracy by layer; dashed: the same probes on shuffled labels.")
     page.heading("What is in the store")

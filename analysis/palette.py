@@ -76,7 +76,7 @@ def quiet(ax: Axes) -> None:
 
 
 def add_legend(ax: Axes, lines: Mapping[str, Artist], **style: Any) -> None:
-    """A legend of these lines; told which, since matplotlib leaves out labels that begin with an underscore."""
+    """A legend of these lines; told which, since matplotlib leaves out labels that begin with "_"."""
     named = {text: line for text, line in lines.items() if text}
     if named:
         ax.legend(list(named.values()), list(named), frameon=False, fontsize=9, **style)

@@ -32,7 +32,7 @@ def plot_attention_on_image(
     image_index: int = 0,
     tile: int | None = None,
     title: str = "",
-    alpha: float = 0.9,
+    alpha: float = 0.75,
     ax: Axes | None = None,
     save_path: str | Path | None = None,
 ) -> tuple[Figure, Axes]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 from .noise_covariance import GroupSums, Scatter, Shrinkage, shrunk_covariance, whitener
@@ -40,8 +41,8 @@ class RdmPlan:
 
 
 def dissimilarity_blocks(blocks: RowBlocks, plan: RdmPlan) -> list[Any]:
-    """One lazy matrix (condition, condition) a layer, of blocks on and above the diagonal and their mirror images."""
-    shared = dask.delayed(plan, traverse=False)
+    """One lazy matrix (condition, condition) a layer; what lies below the diagonal mirrors what lies above."""
+    shared = delayed(plan, traverse=False)
     dtype = np.result_type(blocks.values.dtype, np.float32)
     return [_layer(blocks, plan, shared, place, dtype) for place in range(len(plan.layers))]
 
@@ -49,41 +50,39 @@ def dissimilarity_blocks(blocks: RowBlocks, plan: RdmPlan) -> list[Any]:
 def _layer(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int, dtype: Any) -> Any:
     whiten = None
     if plan.noise is not None:
-        whiten = dask.delayed(_whitener)(blocks.of(place), blocks.starts, shared, place, dtype)
+        whiten = delayed(_whitener)(blocks.of(place), blocks.starts, shared, place, dtype)
+    starts = blocks.starts
     if plan.averaged:
-        means = dask.delayed(_means)(blocks.of(place), blocks.starts, shared, place, dtype)
-        shift = dask.delayed(_shift_of_means)(means)
+        means = delayed(_means)(blocks.of(place), blocks.starts, shared, place, dtype)
+        shift = delayed(_shift_of_means)(means)
         starts = [*range(0, plan.count, BLOCK_ROWS), plan.count]
-        patterns = [
-            dask.delayed(_patterns_of_means)(means, start, stop, shift, whiten, shared, place)
-            for start, stop in zip(starts[:-1], starts[1:], strict=True)
-        ]
-        held = True
+        sources = [delayed(_some_means)(means, start, stop) for start, stop in pairwise(starts)]
     else:
-        starts, held = blocks.starts, blocks.held
-        shift = dask.delayed(_shift_of_rows)(blocks.of(place)[0])
-        patterns = _row_patterns(blocks, starts, shift, whiten, shared, place)
+        sources = blocks.of(place)
+        shift = delayed(_shift_of_rows)(sources[0])
+
+    def ready(number: int) -> Any:
+        return delayed(_patterns)(sources[number], starts[number], shift, whiten, shared, place)
+
     sizes = np.diff(starts)
+    everything = range(len(sizes))
+    held = [ready(number) for number in everything] if plan.averaged or blocks.held else None
     grid: list[list[Any]] = [[None] * len(sizes) for _ in sizes]
-    for first in range(len(sizes)):
-        if not held and first:
-            patterns = _row_patterns(blocks, starts, shift, whiten, shared, place)
+    for first in everything:
+        left = held[first] if held else ready(first)
         for second in range(first, len(sizes)):
-            task = dask.delayed(_block)(patterns[first], patterns[second], first == second, plan.metric)
+            if held or first == second:
+                task = delayed(_block)(left, held[second] if held else left, first == second, plan.metric)
+            else:
+                # Read inside the task: what is ready in advance of its turn would pile up.
+                task = delayed(_block_with)(
+                    left, sources[second], starts[second], shift, whiten, shared, place
+                )
             block = da.from_delayed(task, (sizes[first], sizes[second]), dtype)
             grid[first][second] = block
             if first != second:
                 grid[second][first] = block.T
     return da.block(grid)
-
-
-def _row_patterns(
-    blocks: RowBlocks, starts: list[int], shift: Any, whiten: Any, shared: Any, place: int
-) -> list[Any]:
-    return [
-        dask.delayed(_patterns_of_rows)(block, start, shift, whiten, shared, place)
-        for start, block in zip(starts, blocks.of(place), strict=False)
-    ]
 
 
 def _rows(block: Any, start: int, plan: RdmPlan, place: int) -> tuple[NDArray[Any], slice]:
@@ -132,34 +131,37 @@ def _shift_of_rows(block: Any) -> NDArray[np.float64]:
         return np.asarray(open_block(block)[0].mean(axis=0, dtype=np.float64))
 
 
-def _patterns_of_means(
-    means: NDArray[Any],
+def _some_means(means: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
+    return means[:, start:stop]
+
+
+def _patterns(
+    source: Any,
     start: int,
-    stop: int,
     shift: NDArray[np.float64],
     whiten: NDArray[Any] | None,
     plan: RdmPlan,
     place: int,
 ) -> Patterns:
-    values = means[:, start:stop]
+    """Of some means (partition, condition, feature), or of a block of rows that are conditions themselves."""
+    values = source if plan.averaged else _rows(source, start, plan, place)[0][None]
     if plan.metric == "correlation":
-        return correlation_patterns(values[0], plan.layers[place], plan.names[start:stop])
+        names = plan.names[start : start + values.shape[1]]
+        return correlation_patterns(values[0], plan.layers[place], names)
     return distance_patterns(values, shift, whiten)
-
-
-def _patterns_of_rows(
-    block: Any,
-    start: int,
-    shift: NDArray[np.float64],
-    whiten: NDArray[Any] | None,
-    plan: RdmPlan,
-    place: int,
-) -> Patterns:
-    rows, span = _rows(block, start, plan, place)
-    if plan.metric == "correlation":
-        return correlation_patterns(rows, plan.layers[place], plan.names[span])
-    return distance_patterns(rows[None], shift, whiten)
 
 
 def _block(first: Patterns, second: Patterns, same: bool, metric: str) -> NDArray[Any]:
     return (correlation_block if metric == "correlation" else distance_block)(first, second, same)
+
+
+def _block_with(
+    first: Patterns,
+    source: Any,
+    start: int,
+    shift: NDArray[np.float64],
+    whiten: NDArray[Any] | None,
+    plan: RdmPlan,
+    place: int,
+) -> NDArray[Any]:
+    return _block(first, _patterns(source, start, shift, whiten, plan, place), False, plan.metric)

@@ -127,7 +127,7 @@ class RowBlocks:
     """
 
     def __init__(self, values: Any, max_bytes: int) -> None:
-        layers, count, width = values.shape
+        count, width = values.shape[1:]
         size = int(np.clip(BLOCK_BYTES // (4 * max(1, width)), 64, BLOCK_ROWS))
         self.values = da.asarray(values).rechunk({0: 1, 1: min(size, max(1, count)), 2: -1})
         self.starts = [0, *np.cumsum(self.values.chunks[1]).tolist()]

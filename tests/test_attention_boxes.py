@@ -102,7 +102,7 @@ def test_attention_boxes__errors() -> None:
         DimensionError, match=r"no subject_x0, .*boxes of: nothing\.\n  Boxes are dataset columns"
     ):
         attention_boxes(synthetic_run())
-    with pytest.raises(DimensionError, match="no cup_x0.*boxes of: object, subject"):
+    with pytest.raises(DimensionError, match=r"no cup_x0.*boxes of: object, subject"):
         attention_boxes(make(), boxes=["cup"])
     with pytest.raises(SpecificationError, match="overlap of 0"):
         attention_boxes(make(), overlap=0)

@@ -9,6 +9,7 @@ import xarray as xr
 from synthetic_run import dense_attention, synthetic_run
 
 from mechanistic.analysis import attention_pattern
+from mechanistic.store import site
 from mechanistic.store.errors import DataError, SpecificationError
 
 RUN = synthetic_run()
@@ -67,3 +68,18 @@ def test_attention_pattern__errors() -> None:
         attention_pattern(RUN, sample=12)
     with pytest.raises(DataError, match="sample 0 has no such tokens"):
         attention_pattern(RUN, sample=0, query=2)
+
+
+def test_attention_pattern__a_vision_encoder_sees_one_image_at_a_time() -> None:
+    groups = {}
+    for name in ("q", "k"):
+        rows = site(synthetic_run(sets=1, mask="bidirectional", query_tokens="all"), f"text/{name}")
+        halves = (rows["position"].values > 4).astype(np.int16)
+        rows = rows.rename(token="patch").drop_vars(["token_text", "is_last_prompt"])
+        rows = rows.assign_coords(image_index=("patch", halves), tile=("patch", 0 * halves))
+        groups[f"/vision/{name}"] = rows
+    pattern = attention_pattern(xr.DataTree.from_dict(groups), sample=1, layer=0, stack="vision")
+    weights = pattern["attention_pattern"].values
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    same = pattern["query_image_index"].values[:, None] == pattern["key_image_index"].values[None, :]
+    assert ((weights > 0) == same).all()

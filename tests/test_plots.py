@@ -60,7 +60,7 @@ def test_plots__the_calls_people_have_in_their_scripts(tmp_path: Path) -> None:
     attention = np.random.default_rng(2).dirichlet(np.ones(257), size=(1, 2, 257))
     figure, ax = plot_attention_on_image(
         Image.new("RGB", (64, 48)),
-        attention[0, 0, 1:],
+        attention[0, 0, 0, 1:],
         num_patches=16,
         save_path=tmp_path / "overlay.png",
     )
@@ -213,7 +213,7 @@ def test_image_pixels__other_sources(tmp_path: Path) -> None:
 def test_plot_layers__lines_intervals_and_sizes() -> None:
     mass = with_samples(attention_mass(RUN, tokens="last").mean("head", keep_attrs=True), RUN, "correct")
     summary = summarize(mass, by="correct").compute()
-    figure, ax = plot_layers(summary, "mass_image", title="last prompt token")
+    _, ax = plot_layers(summary, "mass_image", title="last prompt token")
     for place, line in enumerate(ax.lines):
         np.testing.assert_allclose(line.get_ydata(), summary["mass_image"].values[place])
         assert line.get_xdata().tolist() == [0, 1, 2, 3]

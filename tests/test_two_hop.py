@@ -104,7 +104,7 @@ def test_two_hop__mean_over_heads_is_that_of_mean_attention() -> None:
 
 def test_two_hop__planted_hub() -> None:
     found = two_hop(synthetic_run(hub=6)).compute()
-    assert (found["hub_position"].values == 6).mean() > 0.95
+    assert (found["hub_position"].values == 6).mean() > 0.85
     assert float(found["hub_share"].mean()) > 0.7
     hops = text_hops(synthetic_run(hub=6)).compute()
     heavy = hops["weight_from_source"].mean(("layer", "head")).groupby("position").mean()
