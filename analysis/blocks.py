@@ -23,7 +23,7 @@ from mechanistic.store.errors import DataError
 
 from .token_selection import token_axis
 
-MAX_BYTES = 128 << 20
+MAX_BYTES = 64 << 20
 ROW_BLOCK = 128
 
 # kernel(layer, query, key, query_columns, key_columns) -> one row for each query row (or each sample)

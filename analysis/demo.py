@@ -47,13 +47,10 @@ class Findings:
 
 def run_demo(output_dir: str | Path, *, num_samples: int = 400, seed: int = 0) -> int:
     """Write OUTPUT/run, OUTPUT/figures and OUTPUT/index.html, and print the numbers that matter."""
-    from mechanistic.capture.job import capture_run
-    from mechanistic.capture.shapes import Shapes
-
     begun = time.monotonic()
     folder = Path(output_dir)
     print(f"capturing {num_samples} drawn scenes with {MODEL} into {folder / 'run'}")
-    capture_run(MODEL, Shapes(num_samples, seed=seed), folder / "run", dtype="float32", batch_size=16)
+    capture(folder / "run", num_samples, seed)
     run = open_run(folder / "run")
     findings = analyse(run)
     figures = draw(run, findings, folder / "figures")
@@ -63,6 +60,22 @@ def run_demo(output_dir: str | Path, *, num_samples: int = 400, seed: int = 0) -
     print("\n".join(f"  {name.ljust(width)}  {value}" for name, value in numbers))
     print(f"\nread {folder / 'index.html'}; explore {folder / 'run'} with open_run")
     return 0
+
+
+def capture(path: Path, num_samples: int, seed: int) -> None:
+    """The one time that the model runs."""
+    import torch
+
+    from mechanistic.capture.job import capture_run
+    from mechanistic.capture.shapes import Shapes
+
+    threads = torch.get_num_threads()
+    # The matrices of this model are so small that sharing them among threads costs more than it gives.
+    torch.set_num_threads(1)
+    try:
+        capture_run(MODEL, Shapes(num_samples, seed=seed), path, dtype="float32", batch_size=16)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def analyse(run: xr.DataTree) -> Findings:

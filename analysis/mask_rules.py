@@ -135,11 +135,8 @@ def _causal_image_blocks(query: Columns, key: Columns, window: int) -> Mask:
     """Gemma 3 numbers each unbroken stretch of image tokens, whichever image or crop it shows."""
     image = key["kind"] == KIND["image"]
     starts = image & ~np.concatenate([[False], image[:-1]])
-    block_of_key = np.where(image, np.cumsum(starts), -1)
-    # The queries may be a few rows only, so theirs are looked up among the keys, which are complete.
-    block_of_query = block_of_key[np.searchsorted(key["position"], query["position"])]
-    same = (block_of_query[:, None] == block_of_key[None, :]) & (block_of_query >= 0)[:, None]
-    blocks: Mask = _causal(query, key, window) | same
+    of_query, of_key = _numbered(query, key, np.where(image, np.cumsum(starts), -1))
+    blocks: Mask = _causal(query, key, window) | (of_query == of_key) & (of_query >= 0)
     return blocks
 
 
@@ -149,7 +146,11 @@ def _sliding_window_image_blocks(query: Columns, key: Columns, window: int) -> M
 
 
 def _per_image(query: Columns, key: Columns, window: int) -> Mask:
-    return _equal(query, key, "image_index") & _equal(query, key, "tile")
+    """A sequence is one crop of one image; what belongs to no tile, such as CLS, leads its crop's."""
+    image, tile = key["image_index"], key["tile"]
+    starts = (image[1:] != image[:-1]) | ((tile[1:] != tile[:-1]) & (tile[:-1] >= 0))
+    of_query, of_key = _numbered(query, key, np.concatenate([[0], np.cumsum(starts)]))
+    return np.asarray(of_query == of_key)
 
 
 def _image_windows(query: Columns, key: Columns, window: int) -> Mask:
@@ -159,8 +160,9 @@ def _image_windows(query: Columns, key: Columns, window: int) -> Mask:
     return inside
 
 
-def _equal(query: Columns, key: Columns, column: str) -> Mask:
-    return np.asarray(query[column][:, None] == key[column][None, :])
+def _numbered(query: Columns, key: Columns, number: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The keys' numbers for queries (a column) and keys (a row); queries may be a few of the tokens."""
+    return number[np.searchsorted(key["position"], query["position"])][:, None], number[None, :]
 
 
 _RULES: dict[str, Callable[[Columns, Columns, int], Mask]] = {

@@ -75,7 +75,7 @@ def shrunk_covariance(scatter: Scatter, *, groups: int, shrinkage: Shrinkage) ->
 
     Returns
     -------
-    (feature, feature), float64, squared units of the rows.
+    (feature, feature), float64, squared units of the rows; in the memory of the products, which are gone.
 
     Raises
     ------
@@ -86,8 +86,10 @@ def shrunk_covariance(scatter: Scatter, *, groups: int, shrinkage: Shrinkage) ->
         raise SpecificationError(
             f"shrinkage is {shrinkage!r}.", "Give 'ledoit_wolf', or a share from 0 to 1."
         )
-    covariance = scatter.products * ((1 - share) / (scatter.count - groups))
-    mean = float(np.trace(scatter.products)) / (scatter.count - groups) / len(covariance)
+    covariance = scatter.products
+    covariance /= scatter.count - groups
+    mean = float(np.trace(covariance)) / len(covariance)
+    covariance *= 1 - share
     covariance[np.diag_indices_from(covariance)] += share * mean
     return covariance
 
@@ -95,13 +97,16 @@ def shrunk_covariance(scatter: Scatter, *, groups: int, shrinkage: Shrinkage) ->
 def whitener(covariance: NDArray[np.float64], layer: int) -> NDArray[np.float64]:
     """W with W W' = covariance^-1, so that |x W|^2 = x' covariance^-1 x: the inverse Cholesky factor.
 
+    Works in the memory of `covariance`, which is gone afterwards.
+
     Raises
     ------
     DataError  the covariance is not positive definite.
     """
     from scipy.linalg import lapack
 
-    factor, failed = lapack.dpotrf(covariance, lower=1, clean=1)
+    # The transpose of a symmetric matrix is itself, in the order of memory that LAPACK works on in place.
+    factor, failed = lapack.dpotrf(covariance.T, lower=1, clean=1, overwrite_a=1)
     pivots = np.diag(factor)
     # A factor whose smallest pivot is rounding error inverts to noise.
     if failed or pivots.min() <= 1e-7 * pivots.max():

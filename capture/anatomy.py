@@ -135,7 +135,8 @@ def _find_stack(model: nn.Module, name: str, root: nn.Module, unknown: list[str]
     path = ".".join(part for part in (module_path(model, root), inner) if part)
     config: Any = getattr(root, "config", None)
     config = config.get_text_config() if name == "text" and hasattr(config, "get_text_config") else config
-    width = _first(config, "hidden_size", "n_embd", "embed_dim", "d_model")
+    # Qwen2-VL's encoder calls the decoder's width its hidden_size.
+    width = _first(config, "embed_dim", "hidden_size", "n_embd", "d_model")
     heads = _first(config, "num_attention_heads", "n_head", "num_heads")
     if width is None or heads is None:
         unknown.append(f"the width and number of heads of the {name} stack")

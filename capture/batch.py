@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import CaptureError, MechanisticError
 
 from .answers import generate_answers, pad_id
-from .coordinates import ImageLayout, image_layout
+from .coordinates import image_layout
 from .dataset import LoadedImage, Sample, load_image
 from .mask_rules import SequenceLayout
 from .models import LoadedModel
+from .patches import ImageLayout
 from .prompts import EncodedPrompts, Inputs, Prompt, append_tokens, build_prompt, encode_prompts
 from .token_table import Columns, TokenTexts, decoder_table, encoder_table, sequence_layout
 
@@ -74,7 +75,7 @@ def prepare_batch(
         answers = generate_answers(loaded.model, loaded.tokenizer, encoded.inputs, max_new_tokens)
     else:
         answers = [[0] * max_new_tokens for _ in samples]
-    layouts = [[_layout(loaded, image) for image in each] for each in images]
+    layouts = [_layouts(loaded, each) for each in images]
     decoder = [
         decoder_table(
             sample,
@@ -101,8 +102,11 @@ def prepare_batch(
     )
 
 
-def _layout(loaded: LoadedModel, image: LoadedImage) -> ImageLayout:
-    return image_layout(loaded.model, loaded.processor, image.width, image.height)
+def _layouts(loaded: LoadedModel, images: Sequence[LoadedImage]) -> list[ImageLayout]:
+    return [
+        image_layout(loaded.model, loaded.processor, image.width, image.height, images=len(images))
+        for image in images
+    ]
 
 
 def _encode(

@@ -16,17 +16,20 @@ from mechanistic.store.errors import CaptureError
 
 from .answers import to_device
 from .batch import Batch
+from .encoder_masks import EncoderMasks
 from .mask_rules import MaskRule, SequenceLayout, check_rule
 from .models import LoadedModel
 from .residual import Halves, residual_hooks
+from .row_sites import RowSites
 from .sites import ResolvedSite
-from .specification import RESIDUAL_SITES
+from .specification import RESIDUAL_SITES, ROW_SITES
 from .tap import AttentionCall, tapped
 from .token_table import joined, select
 
 Array = NDArray[Any]
-# (row of the tensor's batch axis, position on its token axis) of each wanted token.
-Where = tuple[Tensor, Tensor]
+# Of a decoder, (row of the tensor's batch axis, position on its token axis) of each wanted token; of an
+# encoder, the rows among all its tokens in the order of its forward.
+Where = tuple[Tensor, ...]
 
 
 class Collector:
@@ -37,17 +40,19 @@ class Collector:
         self.where: dict[str, Where] = {}
         self.arrays: dict[str, Array] = {}
         self._missing: set[tuple[str, int]] = set()
+        self._encoder_rows = sum(len(columns["position"]) for columns in batch.encoder)
+        self._encoder_seen: dict[tuple[str, int], int] = {}
         for site in sites:
             self.sites[site.stack.name, site.spec.site].append(site)
             where = rows_of(site, batch)
-            self.where[site.group] = (where[0].to(device), where[1].to(device))
+            self.where[site.group] = tuple(index.to(device) for index in where)
             shape = (len(site.layers), len(where[0]), *site.row_shape)
             self.arrays[site.group] = np.empty(shape, site.dtype)
             # Samples without images have no encoder forward.
             self._missing |= {(site.group, layer) for layer in site.layers if len(where[0])}
 
     def take(self, stack: str, layer: int, name: str, tensor: Tensor) -> None:
-        """Keep what is wanted of one tensor (batch, token, ...)."""
+        """Keep what is wanted of one tensor (batch, token, ...); an encoder may give its tokens in pieces."""
         for site in self.sites.get((stack, name), ()):
             if layer not in site.layers:
                 continue
@@ -56,12 +61,28 @@ class Collector:
                     f"{stack}.{layer}.{name} came out of one forward twice.",
                     "This architecture needs an adapter; until it has one, leave this site out.",
                 )
+            if stack == "vision":
+                self._take_piece(site, layer, tensor.reshape(-1, *tensor.shape[-len(site.row_shape) :]))
+                continue
             batch, position = self.where[site.group]
             rows = tensor[batch.to(tensor.device), position.to(tensor.device)]
-            if site.heads is not None and len(site.heads) != rows.shape[1]:
-                rows = rows[:, list(site.heads)]
-            self.arrays[site.group][site.layers.index(layer)] = to_host(rows, site, layer)
+            self._put(site, layer, slice(None), rows)
             self._missing.remove((site.group, layer))
+
+    def _take_piece(self, site: ResolvedSite, layer: int, rows: Tensor) -> None:
+        key = (site.group, layer)
+        start = self._encoder_seen.get(key, 0)
+        end = self._encoder_seen[key] = start + len(rows)
+        (wanted,) = self.where[site.group]
+        first, last = torch.searchsorted(wanted, torch.tensor([start, end], device=wanted.device)).tolist()
+        self._put(site, layer, slice(first, last), rows[(wanted[first:last] - start).to(rows.device)])
+        if end >= self._encoder_rows:
+            self._missing.remove(key)
+
+    def _put(self, site: ResolvedSite, layer: int, where: slice, rows: Tensor) -> None:
+        if site.heads is not None and len(site.heads) != rows.shape[1]:
+            rows = rows[:, list(site.heads)]
+        self.arrays[site.group][site.layers.index(layer), where] = to_host(rows, site, layer)
 
     def finish(self) -> dict[str, Array]:
         """The arrays by group. CaptureError unless every wanted layer was seen."""
@@ -80,16 +101,8 @@ def rows_of(site: ResolvedSite, batch: Batch) -> tuple[Tensor, Tensor]:
         chosen = [np.flatnonzero(select(columns, site.spec.tokens)) for columns in batch.decoder]
         sample = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
         return torch.from_numpy(sample), torch.from_numpy(np.concatenate(chosen))
-    # The encoder's batch axis runs over images, in the order of the samples and of the images within each.
-    image, position, seen = [], [], 0
-    for columns in batch.encoder:
-        index = columns["image_index"].astype(np.int64)
-        first = np.searchsorted(index, index)
-        wanted = np.flatnonzero(select(columns, site.spec.tokens))
-        image.append(index[wanted] + seen)
-        position.append((np.arange(len(index)) - first)[wanted])
-        seen += int(index.max(initial=-1)) + 1
-    return torch.from_numpy(np.concatenate(image)), torch.from_numpy(np.concatenate(position))
+    chosen = [select(columns, site.spec.tokens) for columns in batch.encoder]
+    return (torch.from_numpy(np.flatnonzero(np.concatenate(chosen))),)
 
 
 def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
@@ -122,24 +135,24 @@ def capture_forward(
     sites: Sequence[ResolvedSite],
     halves: Mapping[str, Halves | None],
     rules: Mapping[str, Mapping[int, MaskRule]],
-) -> tuple[dict[str, Array], NDArray[np.float32] | None]:
+) -> tuple[dict[str, dict[str, Array]], NDArray[np.float32] | None]:
     """One forward over prompt and answer.
 
-    Returns the arrays of every site by group, (layer, row, ...), and the logits at each sample's last prompt
+    Returns the arrays of every site by group and name, (layer, row, ...), and the logits at each sample's last prompt
     token, (sample, vocabulary), where the model has any.
 
     Raises
     ------
     CaptureError    a layer was not seen, a mask is not what was proven, or a cast would overflow.
     """
-    collector = Collector(sites, batch, loaded.model.device)
+    whole = [site for site in sites if site.spec.site not in ROW_SITES]
+    collector, row_sites = Collector(whole, batch, loaded.model.device), RowSites(sites, batch)
     attended = {site.stack.name for site in sites if site.heads is not None}
     with ExitStack() as active:
         if attended:
             layers = loaded.anatomy.module_layers(attended)
-            active.enter_context(
-                tapped(loaded.model, AttentionWatch(collector, layers, rules, batch.sequences))
-            )
+            watch = AttentionWatch(collector, row_sites, layers, rules, batch)
+            active.enter_context(tapped(loaded.model, watch))
         for stack in loaded.anatomy.stacks.values():
             wanted = {
                 name: sorted({layer for site in group for layer in site.layers})
@@ -149,7 +162,8 @@ def capture_forward(
             hooks = residual_hooks(stack, wanted, halves.get(stack.name), collector.take)
             active.enter_context(hooks)
         logits = last_prompt_logits(loaded.model, batch)
-    return collector.finish(), logits
+    kept = {group: {group.rpartition("/")[2]: values} for group, values in collector.finish().items()}
+    return kept | row_sites.finish(), logits
 
 
 class AttentionWatch:
@@ -158,14 +172,17 @@ class AttentionWatch:
     def __init__(
         self,
         collector: Collector,
+        row_sites: RowSites,
         layers: Mapping[nn.Module, tuple[str, int]],
         rules: Mapping[str, Mapping[int, MaskRule]],
-        sequences: Sequence[SequenceLayout],
+        batch: Batch,
     ) -> None:
         self.collector = collector
+        self.row_sites = row_sites
         self.layers = layers
         self.rules = rules
-        self.sequences = sequences
+        self.sequences: list[SequenceLayout] = batch.sequences
+        self.encoder = EncoderMasks(batch.encoder)
         self._checked: list[tuple[Tensor | None, MaskRule]] = []
 
     def __call__(self, call: AttentionCall) -> None:
@@ -178,21 +195,18 @@ class AttentionWatch:
         self.collector.take(stack, layer, "k", call.key.transpose(1, 2))
         self.collector.take(stack, layer, "v", call.value.transpose(1, 2))
         self.collector.take(stack, layer, "z", call.output)
+        self.row_sites.take(stack, layer, call, self.rules[stack][layer])
 
     def _check(self, call: AttentionCall, stack: str, layer: int) -> None:
         rule = self.rules[stack][layer]
+        if stack == "vision":
+            self.encoder.check(rule, call, layer)
+            return
         # Layers share mask tensors: each is compared with a rule once.
         if any(mask is call.mask and known == rule for mask, known in self._checked):
             return
-        layouts = self.sequences if stack == "text" else encoder_sequences(call)
-        check_rule(rule, call, layouts, f"{stack}.{layer}")
+        check_rule(rule, call, self.sequences, f"{stack}.{layer}")
         self._checked.append((call.mask, rule))
-
-
-def encoder_sequences(call: AttentionCall) -> list[SequenceLayout]:
-    """Encoder sequences have no padding, no answer and no image blocks."""
-    tokens = call.query.shape[2]
-    return [SequenceLayout(np.full(tokens, -1, np.int16), tokens)] * call.query.shape[0]
 
 
 def last_prompt_logits(model: Any, batch: Batch) -> NDArray[np.float32] | None:

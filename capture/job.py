@@ -27,6 +27,7 @@ from .progress import Progress, human_bytes, human_seconds
 from .prompts import build_prompt
 from .proof import prove
 from .readout import build_readout
+from .row_sites import PatternStarts
 from .run_description import CaptureSettings, dataset_attributes, run_attributes, run_groups
 from .sites import resolve_sites
 from .specification import parse_sites
@@ -208,12 +209,13 @@ class Job:
         if writer.samples:
             progress.say(f"{self.path} has {writer.samples} of {len(self.dataset)} samples; continuing")
         image_bytes = writer.manifest.rows.get("image_bytes", 0)
+        starts = PatternStarts(writer.manifest.rows)
         committed = time.monotonic()
         try:
             for first in range(writer.samples, len(self.dataset), self.settings.batch_size):
                 with keeping(writer):
                     batch = self._prepare(first, first + self.settings.batch_size)
-                    rows = self.rows(batch, image_bytes)
+                    rows = starts.shifted(self.rows(batch, image_bytes))
                 writer.append(rows, samples=len(batch.samples))
                 image_bytes += len(rows.get("image_bytes", {}).get("data", ()))
                 if time.monotonic() - committed > COMMIT_SECONDS:
@@ -249,7 +251,9 @@ class Job:
             rows["tokens/vision"] = joined(batch.encoder)
             rows |= image_rows(batch, image_bytes, stored=self.settings.images)
         for site in self.sites:
-            rows[site.group] = {site.name: arrays[site.group], **site_rows(site, batch)}
+            rows[site.label_group] = site_rows(site, batch)
+        for group, values in arrays.items():
+            rows[group] = {**values, **rows.get(group, {})}
         return rows
 
     def _prepare(self, first: int, last: int, *, generate: bool = True) -> Batch:

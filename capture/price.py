@@ -14,7 +14,9 @@ from mechanistic.store.errors import DiskFullError, UsageError
 from .batch import Batch
 from .forward import rows_of
 from .progress import human_bytes
+from .row_sites import RowSite
 from .sites import ResolvedSite
+from .specification import ROW_SITES
 
 LARGE = 100e9
 # Uncompressed over compressed, measured on residuals with the store's codec; bfloat16 is kept as float32.
@@ -89,8 +91,12 @@ def price(
     priced = []
     for site in sites:
         rows = float(np.mean([len(rows_of(site, batch)[0]) for batch in probes]))
-        raw = rows * (site.row_bytes + TOKEN_BYTES)
-        stored = rows * (site.row_bytes / COMPRESSION[site.source_dtype] + TOKEN_BYTES)
+        values = rows
+        if site.spec.site == "pattern":
+            values = float(np.mean([RowSite(site, batch).entries for batch in probes]))
+        computed = "float32" if site.spec.site in ROW_SITES else site.source_dtype
+        raw = values * site.row_bytes + rows * TOKEN_BYTES
+        stored = values * site.row_bytes / COMPRESSION[computed] + rows * TOKEN_BYTES
         priced.append(SitePrice(site.group, site.spec.to_string(), rows, raw, stored))
     tokens = sum(len(table["position"]) for batch in probes for table in (*batch.decoder, *batch.encoder))
     encoded = sum(len(image.encoded) for batch in probes for each in batch.images for image in each)

@@ -1,11 +1,13 @@
 """What is proven about a model before anything of it is kept, on the first sample of the dataset.
 
 It costs three forwards of that one sample: one as the model is, one observed, and one more as it is, to see
-that nothing was left behind. What was proven, and how exactly, goes into the run's attribute `proven`.
+that nothing was left behind; and one for each stack whose attention is kept, with one attention row edited.
+What was proven, and how exactly, goes into the run's attribute `proven`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +21,9 @@ from mechanistic.store.errors import CaptureError, ModelError
 
 from .anatomy import Stack
 from .batch import Batch
-from .forward import encoder_sequences, last_prompt_logits
+from .coordinates_square import vision_config
+from .encoder_masks import EncoderMasks, encoder_rule
+from .forward import last_prompt_logits
 from .mask_rules import MaskRule, describe, find_rule
 from .models import LoadedModel
 from .residual import Halves, LayerProbe, relative_error
@@ -38,6 +42,7 @@ class StackProof:
     halves: Halves | None = None
     row_sum_error: float = 0.0
     output_error: float = 0.0
+    edit_change: float = 0.0
     halves_error: float | None = None
     stream_is_unbroken: bool = True
 
@@ -78,6 +83,7 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
             f"This model computes in {loaded.dtype}, which cannot be captured.",
             f"Load it with dtype= one of {', '.join(TOLERANCE)}.",
         )
+    begun = time.monotonic()
     tolerance = TOLERANCE[loaded.dtype]
     before = last_prompt_logits(loaded.model, batch)
     stacks, observed = _observe(loaded, batch, attention, tolerance)
@@ -91,9 +97,41 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
         )
     for name in attention:
         _check_stack(loaded.anatomy.stack(name), stacks[name], tolerance)
+        stacks[name].edit_change = _largest(before, _edited(loaded, batch, name))
+        if before is not None and not stacks[name].edit_change > 0:
+            raise CaptureError(
+                f"{name}: replacing an attention row of its first layer changes no logit.",
+                "The model does not use what is seen of its attention; report this model.",
+            )
     report = {name: _report(loaded.anatomy.stack(name), stack) for name, stack in stacks.items()}
-    attributes = {"tolerance": tolerance, "logits_change": change, "forwards": 3, "stacks": report}
+    attributes = {
+        "tolerance": tolerance,
+        "logits_change": change,
+        "forwards": 3 + len(attention),
+        "seconds": round(time.monotonic() - begun, 3),
+        "stacks": report,
+    }
     return Proof(stacks, attributes)
+
+
+def _edited(loaded: LoadedModel, batch: Batch, name: str) -> np.ndarray[Any, Any] | None:
+    """Logits where one query of the stack's first layer attends to nothing but the first key.
+
+    The query is the last prompt token; of an encoder, the last token of its first segment.
+    """
+    layer_of = loaded.anatomy.module_layers([name])
+    edited: list[int] = []
+
+    def edit(call: AttentionCall) -> None:
+        if call.module in layer_of and layer_of[call.module][1] == 0 and not edited:
+            query = call.query.shape[2] - 1 if name == "vision" else int(batch.last_prompt[0])
+            values = call.value[0, :, 0].repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=0)
+            # The call shows the very output that the model goes on with.
+            call.output[0, query] = values
+            edited.append(query)
+
+    with tapped(loaded.model, edit):
+        return last_prompt_logits(loaded.model, batch)
 
 
 def _observe(
@@ -103,11 +141,24 @@ def _observe(
     stacks = {name: StackProof() for name in anatomy.stacks if name != "vision" or any(batch.images)}
     layer_of = anatomy.module_layers(attention)
     probes = {name: [LayerProbe(layer, tolerance) for layer in anatomy.stack(name).layers] for name in stacks}
+    encoder = EncoderMasks(batch.encoder)
 
     def attended(call: AttentionCall) -> None:
-        if call.module in layer_of:
-            name, layer = layer_of[call.module]
-            _examine(call, anatomy.stack(name), layer, stacks[name], batch)
+        if call.module not in layer_of:
+            return
+        name, layer = layer_of[call.module]
+        stack, proof = anatomy.stack(name), stacks[name]
+        _check_shape(call, stack, layer)
+        if name == "vision":
+            rule = encoder_rule(vision_config(loaded.model), layer)
+            encoder.check(rule, call, layer)
+            lengths = [call.query.shape[2]] * call.query.shape[0]
+        else:
+            rule = _decoder_rule(call, layer, proof, batch)
+            lengths = [len(layout) for layout in batch.sequences]
+        proof.rules[layer] = rule
+        proof.attention[str(layer)] = describe(rule, call)
+        _rebuild(call, stack, proof, lengths)
 
     with ExitStack() as watching:
         watching.enter_context(tapped(loaded.model, attended))
@@ -115,19 +166,17 @@ def _observe(
             watching.enter_context(probe.watching())
         logits = last_prompt_logits(loaded.model, batch)
     for name, each in probes.items():
-        _join_halves(stacks[name], each)
+        _join_halves(anatomy.stack(name), stacks[name], each)
     return stacks, logits
 
 
-def _examine(call: AttentionCall, stack: Stack, layer: int, proof: StackProof, batch: Batch) -> None:
+def _check_shape(call: AttentionCall, stack: Stack, layer: int) -> None:
     where = f"{stack.name}.{layer}"
     got = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
     expected = (stack.heads, stack.kv_heads, stack.head_width)
-    if got != expected or layer in proof.rules:
+    if got != expected:
         raise ModelError(
-            f"{where}: heads, kv heads and head width are {got}, its configuration says {expected}."
-            if got != expected
-            else f"{where}: attention is computed more than once in a forward.",
+            f"{where}: heads, kv heads and head width are {got}, its configuration says {expected}.",
             "This architecture needs an adapter; until it has one, nothing of it is captured.",
         )
     if call.position_bias is not None or _has_bias(call):
@@ -135,14 +184,28 @@ def _examine(call: AttentionCall, stack: Stack, layer: int, proof: StackProof, b
             f"{where}: a position bias is added to its attention scores, which q and k do not hold.",
             "Models with relative position bias cannot be captured yet.",
         )
-    layouts = batch.sequences if stack.name == "text" else encoder_sequences(call)
-    rule = find_rule(call, layouts, where)
-    proof.rules[layer] = rule
-    proof.attention[str(layer)] = describe(rule, call)
+
+
+def _decoder_rule(call: AttentionCall, layer: int, proof: StackProof, batch: Batch) -> MaskRule:
+    if layer in proof.rules:
+        raise ModelError(
+            f"text.{layer}: attention is computed more than once in a forward.",
+            "This architecture needs an adapter; until it has one, nothing of it is captured.",
+        )
+    rule = find_rule(call, batch.sequences, f"text.{layer}")
+    if rule.mask == "bidirectional" and any(batch.answers):
+        raise CaptureError(
+            f"text.{layer}: the prompt attends to the answer, which was not there when it was generated.",
+            "This architecture needs an adapter; until it has one, use --max-new-tokens 0.",
+        )
+    return rule
+
+
+def _rebuild(call: AttentionCall, stack: Stack, proof: StackProof, lengths: list[int]) -> None:
     pattern = call.pattern()
     mixed = pattern @ call.value.float().repeat_interleave(stack.heads // stack.kv_heads, dim=1)
-    for row, layout in enumerate(layouts):
-        valid = slice(len(layout))
+    for row, length in enumerate(lengths):
+        valid = slice(length)
         if call.sinks is None:
             sums = pattern[row, :, valid].sum(-1)
             proof.row_sum_error = max(proof.row_sum_error, float((sums - 1).abs().max()))
@@ -157,7 +220,14 @@ def _has_bias(call: AttentionCall) -> bool:
     return bool((call.mask[call.mask > torch.finfo(call.mask.dtype).min / 2] != 0).any())
 
 
-def _join_halves(proof: StackProof, probes: list[LayerProbe]) -> None:
+def _join_halves(stack: Stack, proof: StackProof, probes: list[LayerProbe]) -> None:
+    widths = {probe.post.shape[-1] for probe in probes if probe.post is not None}
+    if widths - {stack.width}:
+        raise ModelError(
+            f"{stack.name}: its layers give {sorted(widths)} numbers a token, its configuration says "
+            f"{stack.width}.",
+            "This architecture needs an adapter; until it has one, nothing of it is captured.",
+        )
     known = [probe.found for probe in probes if probe.found is not None]
     if len(known) == len(probes) and len({halves for halves, _ in known}) == 1:
         proof.halves = known[0][0]
@@ -194,6 +264,7 @@ def _report(stack: Stack, proof: StackProof) -> dict[str, Any]:
         "taps": len(proof.rules),
         "row_sum_error": proof.row_sum_error,
         "attention_output_error": proof.output_error,
+        "logits_change_by_edited_row": proof.edit_change,
         "halves": None if proof.halves is None else proof.halves.definition,
         "halves_error": proof.halves_error,
         "resid_post_is_next_resid_pre": proof.stream_is_unbroken,

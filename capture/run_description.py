@@ -18,7 +18,7 @@ from .models import LoadedModel
 from .prompts import template_of
 from .proof import Proof
 from .sites import ResolvedSite
-from .specification import SiteSpec
+from .specification import ROW_SITES, SiteSpec
 from .survey import Survey
 
 SCORING = "the one option that the answer is, or mentions as whole words; else incorrect"
@@ -105,14 +105,14 @@ def run_groups(
     if survey.has_images:
         groups += image_groups(settings.images)
         groups.append(GroupSchema("tokens/vision", "patch", token_columns("patch"), {"stack": "vision"}))
-    return [*groups, *(site.schema(_described(site, proof)) for site in sites)]
+    return [*groups, *(schema for site in sites for schema in site.schemas(_described(site, proof)))]
 
 
 def _described(site: ResolvedSite, proof: Proof) -> dict[str, Any]:
     stack = proof.stacks.get(site.stack.name)
     if stack is None:
         return {}
-    if site.spec.site in ("q", "k"):
+    if site.spec.site in ("q", "k", *ROW_SITES):
         return {"attention": {str(layer): stack.attention[str(layer)] for layer in site.layers}}
     if stack.halves is not None and site.spec.site in stack.halves.definition:
         return {"definition": stack.halves.definition[site.spec.site]}

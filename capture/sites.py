@@ -11,14 +11,23 @@ import numpy as np
 from mechanistic.store.schema import ArraySchema, GroupSchema, token_columns
 
 from .anatomy import Anatomy, Stack
-from .specification import KV_SITES, RESIDUAL_SITES, SiteSpec
+from .attention_statistics import statistics_arrays
+from .specification import KV_SITES, RESIDUAL_SITES, ROW_SITES, SiteSpec
 
 UNITS = {"long_name": "activation"}
+PATTERN_UNITS = {"units": "1", "long_name": "attention weight"}
+# The axis of a pattern: the weights of all rows, end to end.
+ENTRY = "entry"
+PATTERN_PLACES = {
+    "start": ("int64", "first entry of the row in pattern/"),
+    "length": ("int64", "number of entries of the row"),
+    "key_start": ("int32", "position within the sample of the row's first key; the others follow"),
+}
 
 
 @dataclass(frozen=True)
 class ResolvedSite:
-    """One array of the run: true layer and head numbers, and the dtype it is stored in."""
+    """One site of the run: true layer and head numbers, and the dtype it is stored in."""
 
     spec: SiteSpec
     stack: Stack
@@ -43,27 +52,49 @@ class ResolvedSite:
         return "sample" if self.spec.only_last else self.stack.axis
 
     @property
+    def label_group(self) -> str:
+        """The group that holds the labels of the site's rows."""
+        return f"{self.group}_rows" if self.spec.site == "pattern" else self.group
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row of one layer."""
+        """Shape of one row of one layer, for a site of one array."""
         if self.heads is None:
             return (self.stack.width,)
         return (len(self.heads), self.stack.head_width)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row over all layers, uncompressed."""
-        return int(np.prod(self.row_shape)) * len(self.layers) * np.dtype(self.dtype).itemsize
+    def arrays(self) -> tuple[ArraySchema, ...]:
+        """The arrays of the site's group, (layer, row, ...), without its labels."""
+        layers = len(self.layers)
+        if self.spec.site == "attn_stats":
+            assert self.heads is not None
+            return statistics_arrays(layers, self.axis, len(self.heads))
+        if self.spec.site == "pattern":
+            assert self.heads is not None
+            sizes = {"layer": layers, "head": len(self.heads)}
+            return (ArraySchema("pattern", ("layer", ENTRY, "head"), self.dtype, sizes, PATTERN_UNITS),)
+        names = ("d_model",) if self.heads is None else (self._head, "d_head")
+        inner = dict(zip(names, self.row_shape, strict=True))
+        dims = ("layer", self.axis, *inner)
+        return (ArraySchema(self.name, dims, self.dtype, {"layer": layers, **inner}, UNITS),)
 
-    def schema(self, attrs: Mapping[str, Any]) -> GroupSchema:
-        """The store's schema of this group."""
-        inner = {"d_model": self.stack.width}
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of a pattern: one weight of it) over all layers, uncompressed."""
+        shapes = [array.shape(array.dims[1], 1) for array in self.arrays]
+        items = [np.dtype(array.dtype).itemsize for array in self.arrays]
+        return sum(int(np.prod(shape)) * item for shape, item in zip(shapes, items, strict=True))
+
+    @property
+    def _head(self) -> str:
+        return "kv_head" if self.spec.site in KV_SITES else "head"
+
+    def schemas(self, attrs: Mapping[str, Any]) -> tuple[GroupSchema, ...]:
+        """The store's schema of the site's group, and of the group of its rows where it has one."""
         coords = {"layer": np.asarray(self.layers, np.int32)}
         if self.heads is not None:
-            head = "kv_head" if self.spec.site in KV_SITES else "head"
-            inner = {head: len(self.heads), "d_head": self.stack.head_width}
-            coords[head] = np.asarray(self.heads, np.int32)
-        dims = ("layer", self.axis, *inner)
-        array = ArraySchema(self.name, dims, self.dtype, {"layer": len(self.layers), **inner}, UNITS)
+            coords[self._head] = np.asarray(self.heads, np.int32)
         # Rows along `sample` are those of samples/, and need no labels of their own.
         labels = () if self.axis == "sample" else token_columns("patch" if self.axis == "patch" else "token")
         described = {
@@ -73,7 +104,17 @@ class ResolvedSite:
             "source_dtype": self.source_dtype,
             **attrs,
         }
-        return GroupSchema(self.group, self.axis, (array, *labels), described, coords)
+        if self.spec.site != "pattern":
+            return (GroupSchema(self.group, self.axis, (*self.arrays, *labels), described, coords),)
+        places = tuple(
+            ArraySchema(name, (self.axis,), dtype, attrs={"long_name": meaning})
+            for name, (dtype, meaning) in PATTERN_PLACES.items()
+        )
+        own = {key: described[key] for key in ("stack", "tokens")}
+        return (
+            GroupSchema(self.group, ENTRY, self.arrays, described, coords),
+            GroupSchema(self.label_group, self.axis, (*places, *labels), own),
+        )
 
 
 def resolve_sites(specs: Sequence[SiteSpec], anatomy: Anatomy, dtype: str) -> tuple[ResolvedSite, ...]:
@@ -106,7 +147,8 @@ def _resolve(spec: SiteSpec, stack: Stack, dtype: str) -> ResolvedSite:
         stack=stack,
         layers=spec.layer_numbers(len(stack.layers)),
         heads=heads,
-        dtype=spec.dtype or stored_dtype(dtype),
+        # Attention rows are rebuilt in float32, whatever the model computes in.
+        dtype=spec.dtype or ("float32" if spec.site in ROW_SITES else stored_dtype(dtype)),
         source_dtype=dtype,
     )
 

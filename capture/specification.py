@@ -9,8 +9,8 @@ part      written                                means
 stack     ``text``, ``vision``                   the decoder, the vision encoder
 layers    ``*``, ``5``, ``8-20``, ``0+3+8-10``   output of which layers, counted from 0
 site      see `SITES`                            which tensor of the layer
-heads     ``{0+3}``, ``{4-7}``, absent: all      heads of q, v, z and k (kv heads for k and v)
-tokens    ``[text]``, ``[last+subject]``         which rows, absent: all
+heads     ``{0+3}``, ``{4-7}``, absent: all      heads of what has heads (kv heads for k and v)
+tokens    ``[text]``, ``[last+subject]``         which rows (of attention: queries), absent: all
 dtype     ``:float16``, absent: the model's      how the values are stored
 ========  =====================================  ==============================================
 """
@@ -26,7 +26,9 @@ from mechanistic.store.errors import SpecificationError
 STACKS = ("text", "vision")
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 ATTENTION_SITES = ("q", "k", "v", "z")
-SITES = RESIDUAL_SITES + ATTENTION_SITES
+# Made of whole attention rows; their tokens are the queries.
+ROW_SITES = ("attn_stats", "pattern")
+SITES = RESIDUAL_SITES + ATTENTION_SITES + ROW_SITES
 KV_SITES = ("k", "v")
 ROLES = ("subject", "object", "relation", "option", "last")
 TOKENS = ("all", "text", "image", "answer", *ROLES)
@@ -34,7 +36,7 @@ VISION_TOKENS = ("all", "image")
 DTYPES = ("float16", "float32")
 
 # The modest default of the format: what most questions about attention and readability need.
-DEFAULT_SITES = ("text.*.resid_post[text]", "text.*.q[text]", "text.*.k[all]")
+DEFAULT_SITES = ("text.*.attn_stats[text]", "text.*.resid_post[text]", "text.*.q[text]", "text.*.k[all]")
 
 _NUMBERS = r"\d+(?:-\d+)?(?:\+\d+(?:-\d+)?)*"
 _SITE = re.compile(
@@ -118,10 +120,14 @@ class SiteSpec:
         tokens = _canonical_tokens((match["tokens"] or "all").split("+"), stack, text)
         if dtype is not None:
             _require(dtype, DTYPES, "dtype", text)
-        if match["heads"] is not None and site not in ATTENTION_SITES:
+        if site == "attn_stats" and dtype not in (None, "float32"):
+            raise SpecificationError(
+                f"attn_stats are float32, not {dtype} (in '{text}').", "Drop the dtype of this site."
+            )
+        if match["heads"] is not None and site in RESIDUAL_SITES:
             raise SpecificationError(
                 f"The site '{site}' in '{text}' has no heads.",
-                f"Select heads of {', '.join(ATTENTION_SITES)} only, or drop {{{match['heads']}}}.",
+                f"Select heads of {', '.join(ATTENTION_SITES + ROW_SITES)} only, or drop {{{match['heads']}}}.",
             )
         return cls(
             stack, Numbers.parse(match["layers"]), site, Numbers.parse(match["heads"] or "*"), tokens, dtype

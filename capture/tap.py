@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -77,15 +77,53 @@ class AttentionCall:
 Observer = Callable[[AttentionCall], None]
 
 
-@dataclass(frozen=True)
-class _Active:
-    """What is being watched: the observers, and the implementation each config had before."""
+@dataclass
+class _Tapped:
+    """One configuration that points to the tap: what it said before, and who watches."""
 
-    observers: tuple[Observer, ...]
-    implementations: dict[int, str]
+    config: Any
+    implementation: str | None
+    taps: tuple[Tap, ...] = ()
 
 
-_active: ContextVar[_Active | None] = ContextVar("mechanistic_tap", default=None)
+# By id of the configuration, which the entry keeps alive. Not a context variable: a cell of a notebook that
+# runs the model is another context than the cell that attached the tap.
+_tapped: dict[int, _Tapped] = {}
+_changing = RLock()
+
+
+class Tap:
+    """An observer of every attention call of a model, from its making until `remove`.
+
+    Taps of one model may come and go in any order: each sees every call, and with the last of them the model
+    is exactly as it was before the first.
+    """
+
+    def __init__(self, model: nn.Module, observer: Observer) -> None:
+        _register()
+        self.observer = observer
+        self._configs = [id(config) for config in attention_configs(model)]
+        with _changing:
+            for config in attention_configs(model):
+                entry = _tapped.get(id(config))
+                if entry is None:
+                    entry = _tapped[id(config)] = _Tapped(config, config._attn_implementation_internal)
+                    config._attn_implementation_internal = NAME
+                entry.taps += (self,)
+
+    def remove(self) -> None:
+        """Stop watching; a second time does nothing."""
+        with _changing:
+            for key in self._configs:
+                entry = _tapped[key]
+                entry.taps = tuple(tap for tap in entry.taps if tap is not self)
+                if entry.taps:
+                    continue
+                del _tapped[key]
+                # Whoever chose another implementation meanwhile keeps it.
+                if entry.config._attn_implementation_internal == NAME:
+                    entry.config._attn_implementation_internal = entry.implementation
+            self._configs = []
 
 
 @contextmanager
@@ -94,22 +132,11 @@ def tapped(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     Taps of one model nest: the inner and the outer observer both see every call.
     """
-    _register()
-    outer = _active.get()
-    saved = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
-    before = dict(outer.implementations) if outer is not None else {}
-    for config, implementation in saved:
-        if implementation != NAME:
-            before[id(config)] = implementation or "sdpa"
-    token = _active.set(_Active((*(outer.observers if outer is not None else ()), observer), before))
+    tap = Tap(model, observer)
     try:
-        for config, _ in saved:
-            config._attn_implementation_internal = NAME
         yield
     finally:
-        for config, implementation in saved:
-            config._attn_implementation_internal = implementation
-        _active.reset(token)
+        tap.remove()
 
 
 def attention_configs(model: nn.Module) -> list[Any]:
@@ -149,13 +176,13 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    active = _active.get()
-    if active is None:
+    entry = _tapped.get(id(getattr(module, "config", None)))
+    if entry is None:
         raise ModelError(
             f"{type(module).__name__} still looks for the attention tap, but no capture is running.",
             "Load the model again: it was copied or pickled while it was being captured.",
         )
-    output, weights = _compute(active, module, query, key, value, attention_mask, kwargs)
+    output, weights = _compute(entry.implementation, module, query, key, value, attention_mask, kwargs)
     # Sliding-window layers of a model may get the window from their call or keep it on the module.
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     scale = kwargs.get("scaling")
@@ -174,13 +201,13 @@ def _attend(
         position_bias=kwargs.get("position_bias"),
         causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
     )
-    for observer in active.observers:
-        observer(call)
+    for tap in entry.taps:
+        tap.observer(call)
     return output, weights
 
 
 def _compute(
-    active: _Active,
+    own: str | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -189,7 +216,6 @@ def _compute(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """What the model's own implementation answers; sdpa for those whose masks have another form."""
-    own = active.implementations.get(id(getattr(module, "config", None)), "sdpa")
     if own == "eager" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:

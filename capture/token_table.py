@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import CaptureError
 from mechanistic.store.schema import KIND, ROLES
 
-from .coordinates import ImageLayout, Patches
 from .dataset import Sample
 from .mask_rules import SequenceLayout
+from .patches import ImageLayout, Patches
 from .roles import role_spans, tokens_in
 
 Columns = dict[str, NDArray[Any]]

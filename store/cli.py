@@ -1,4 +1,4 @@
-"""The commands on stores: info, verify."""
+"""The commands on stores: info, verify, merge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 
 from .info import format_info, run_info
+from .merge import merge_run
 from .verify import verify_run
 
 
@@ -29,6 +30,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("--json", action="store_true", help="print the problems for machines")
     verify.set_defaults(run_command=_verify)
 
+    merge = commands.add_parser(
+        "merge",
+        help="make one plain store of a run that was captured in parts",
+        description="Make one plain store of a run that was captured in parts. Streams in bounded memory, needs "
+        "the size of the run once more on disk, continues where it was killed, and leaves a merged run as it is. "
+        "Exit code 1 while a part is missing or unfinished.",
+    )
+    merge.add_argument("run", metavar="RUN", help="folder of a run of several parts")
+    merge.add_argument(
+        "--output-dir", metavar="DIR", help="write there and keep the parts (default: in place of the parts)"
+    )
+    merge.set_defaults(run_command=_merge)
+
 
 def _info(args: argparse.Namespace) -> int:
     info = run_info(args.run)
@@ -47,3 +61,8 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         print(f"{args.run} is sound")
     return 1 if problems else 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    print(f"{merge_run(args.run, args.output_dir)} is one plain store")
+    return 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from .parts import part_count, read_parts, unfinished
 from .reader import group, open_run, read_manifest
+
+_PART = re.compile(r"^parts/\d+/")
 
 
 def run_info(path: str | Path) -> dict[str, Any]:
@@ -19,15 +23,19 @@ def run_info(path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     run = open_run(path, allow_partial=True)
     attrs = dict(run.attrs)
+    parts = part_count(path)
     groups = {}
+    sizes = [(_PART.sub("", file), size) for file, (size, _) in manifest.files.items()]
     for name in manifest.axes:
         data = group(run, name)
-        stored = sum(size for file, (size, _) in manifest.files.items() if file.startswith(f"{name}/"))
+        stored = sum(size for file, size in sizes if file.startswith(f"{name}/"))
         groups[name] = _group_info(data, stored)
     return {
         "path": str(path),
         "run_id": manifest.run_id,
         "state": manifest.state,
+        "parts": parts,
+        "unfinished": unfinished(read_parts(path, parts)) if parts else "",
         "samples": manifest.samples,
         "samples_expected": manifest.expected,
         "stored_bytes": manifest.stored_bytes,
@@ -65,7 +73,7 @@ def format_info(info: dict[str, Any]) -> str:
         f"run      {info['path']}  ({info['run_id']}, format {info['format_version']}, {info['created']})",
         f"model    {model.get('name', '?')}  {_details(model, ('dtype', 'backend', 'attention'))}",
         f"dataset  {dataset.get('name', '?')}  {_details(dataset, ('split', 'hash'))}",
-        f"samples  {info['samples']:,} of {info['samples_expected']:,}, {complete}",
+        f"samples  {info['samples']:,} of {info['samples_expected']:,}, {complete}{_parts(info)}",
         f"size     {human_bytes(info['stored_bytes'])} stored, {human_bytes(info['raw_bytes'])} raw"
         f" ({_ratio(info['raw_bytes'], info['stored_bytes'])})",
     ]
@@ -101,6 +109,13 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def _parts(info: dict[str, Any]) -> str:
+    if not info["parts"]:
+        return ""
+    lacking = f": {info['unfinished']}" if info["unfinished"] else ""
+    return f", in {info['parts']} parts{lacking}"
 
 
 def _details(attrs: dict[str, Any], keys: tuple[str, ...]) -> str:

@@ -101,6 +101,14 @@ def consolidate(run: Path) -> None:
     replace_file(run / "zarr.json", json.dumps(root).encode())
 
 
+def deconsolidate(run: Path) -> None:
+    """Take back what `consolidate` and the end of a run wrote, since more rows will follow."""
+    root = json.loads((run / "zarr.json").read_bytes())
+    root.pop("consolidated_metadata", None)
+    root["attributes"].pop("completeness", None)
+    replace_file(run / "zarr.json", json.dumps(root).encode())
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename over, fsync the folder."""
     temporary = path.with_name(path.name + ".partial")

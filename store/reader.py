@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import dask.array as da
 import xarray as xr
@@ -12,30 +11,41 @@ import zarr
 
 from .errors import FormatError, IncompleteRunError, MissingSiteError, UsageError
 from .growing import dimensions
+from .location import is_url, read_file
 from .manifest import MANIFEST, Manifest
+from .parts import combined_manifest, open_parts, part_count, read_parts
 from .schema import FORMAT, FORMAT_VERSION
 
 STACKS = ("text", "vision", "qformer")
+_HINT = "Check the path; `mechanistic capture` makes one."
 
 
 def open_run(path: str | Path, *, allow_partial: bool = False) -> xr.DataTree:
     """Open a run from a folder or a URL; reads metadata only.
 
-    Every array is a dask array in blocks of one layer x one shard of rows; labels are coordinates.
+    Every array is a dask array in blocks of one layer x one shard of rows; labels are coordinates. The parts
+    of an unmerged run are read end to end, as one.
 
     Parameters
     ----------
     allow_partial
-        Also open a run that is still being written; it is cut to the samples that are committed.
+        Also open a run that is still being written; it is cut to the samples that are committed, and parts
+        that never ran are left out.
 
     Raises
     ------
     UsageError          nothing is there.
     FormatError         it is not a run, lacks groups that its manifest names, or its format is newer.
-    IncompleteRunError  the run is unfinished and `allow_partial` is False.
+    IncompleteRunError  the run, or a part of it, is unfinished and `allow_partial` is False.
     """
-    where = str(path)
-    manifest = read_manifest(path)
+    count = part_count(path)
+    if count is None:
+        return _open_plain(str(path), allow_partial)
+    return open_parts(path, count, _open_plain, allow_partial=allow_partial)
+
+
+def _open_plain(where: str, allow_partial: bool) -> xr.DataTree:
+    manifest = read_manifest(where)
     if not manifest.complete and not allow_partial:
         raise IncompleteRunError(
             f"{where} is unfinished: {manifest.samples} of {manifest.expected} samples are committed.",
@@ -89,7 +99,7 @@ def sites(run: xr.DataTree) -> list[str]:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a run in a folder or at a URL.
+    """The manifest of a run in a folder or at a URL; of an unmerged one, those of its parts together.
 
     Raises
     ------
@@ -97,20 +107,15 @@ def read_manifest(path: str | Path) -> Manifest:
     FormatError  something is, but it has no readable manifest.
     """
     where = str(path)
-    if is_url(where):
-        import fsspec
-
-        filesystem, folder = fsspec.core.url_to_fs(where)
-        try:
-            return Manifest.parse(filesystem.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"), where)
-        except FileNotFoundError:
-            raise UsageError(f"there is no run at {where}.", f"A run has a {MANIFEST} there.") from None
-    folder = Path(path)
-    if not folder.exists():
-        raise UsageError(f"there is no run at {where}.", "Check the path; `mechanistic capture` makes one.")
+    count = part_count(path)
+    if count is not None:
+        return combined_manifest(path, read_parts(path, count))
     try:
-        return Manifest.parse((folder / MANIFEST).read_bytes(), where)
-    except (FileNotFoundError, NotADirectoryError):
+        return Manifest.parse(read_file(path, MANIFEST), where)
+    except FileNotFoundError:
+        if is_url(where) or not Path(path).exists():
+            hint = f"A run has a {MANIFEST} there." if is_url(where) else _HINT
+            raise UsageError(f"there is no run at {where}.", hint) from None
         raise FormatError(
             f"{where} is not a mechanistic run: it has no {MANIFEST}.",
             "Give the folder that `mechanistic capture` wrote; open other Zarr stores with xarray itself.",
@@ -136,10 +141,6 @@ def check_version(attrs: Any, where: str) -> None:
             f"{where} has format version {version}; this installation reads up to {FORMAT_VERSION}.",
             "Upgrade: pip install --upgrade mechanistic.",
         )
-
-
-def is_url(where: str) -> bool:
-    return len(urlsplit(where).scheme) > 1
 
 
 def _rank(version: str) -> tuple[int, ...]:

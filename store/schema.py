@@ -30,6 +30,10 @@ MASKS = (
     "cross",
 )
 
+# `points_into` names the group whose rows the values are: where rows are put behind others, they move along.
+_SAMPLE = {"long_name": "row in samples/", "points_into": "samples"}
+_START = {"long_name": "first row in image_bytes/, -1: not stored", "points_into": "image_bytes"}
+
 
 @dataclass(frozen=True)
 class ArraySchema:
@@ -87,7 +91,7 @@ def token_columns(axis: Literal["token", "patch"]) -> tuple[ArraySchema, ...]:
     pixels = {"units": "pixel", "long_name": "edge of the token's patch in the original image"}
     here = (axis,)
     columns = (
-        ArraySchema("sample_index", here, "int32", attrs={"long_name": "row in samples/"}),
+        ArraySchema("sample_index", here, "int32", attrs=_SAMPLE),
         ArraySchema("position", here, "int32", attrs={"long_name": "place within the sample, from 0"}),
         enumeration("kind", here, KIND),
         ArraySchema("image_index", here, "int16", attrs={"long_name": "image within the sample, -1: none"}),
@@ -149,14 +153,12 @@ def image_groups(stored: bool) -> tuple[GroupSchema, ...]:
         "images",
         "image",
         (
-            ArraySchema("sample_index", here, "int32", attrs={"long_name": "row in samples/"}),
+            ArraySchema("sample_index", here, "int32", attrs=_SAMPLE),
             ArraySchema("image_index", here, "int16", attrs={"long_name": "image within the sample"}),
             ArraySchema("width", here, "int32", attrs={"units": "pixel"}),
             ArraySchema("height", here, "int32", attrs={"units": "pixel"}),
             ArraySchema("sha256", here, "string", attrs={"long_name": "of the encoded file"}),
-            ArraySchema(
-                "start", here, "int64", attrs={"long_name": "first row in image_bytes/, -1: not stored"}
-            ),
+            ArraySchema("start", here, "int64", attrs=_START),
             ArraySchema("length", here, "int64", attrs={"units": "byte"}),
         ),
     )

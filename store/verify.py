@@ -14,8 +14,10 @@ import zarr
 
 from .errors import FormatError, MechanisticError, UsageError
 from .growing import dimensions
+from .location import is_url
 from .manifest import Manifest
-from .reader import check_version, is_url, open_run, read_manifest
+from .parts import part_count, read_parts
+from .reader import check_version, open_run, read_manifest
 from .reader import group as open_group
 from .schema import token_columns
 
@@ -51,7 +53,25 @@ def verify_run(path: str | Path) -> list[Problem]:
     """
     if is_url(str(path)):
         raise UsageError("verify reads every byte and works on a local folder.", f"Copy {path} first.")
-    run = Path(path)
+    count = part_count(path)
+    return _plain(Path(path)) if count is None else _parts(Path(path), count)
+
+
+def _parts(run: Path, count: int) -> list[Problem]:
+    problems, before = [], 0
+    for part in read_parts(run, count):
+        name = Path(part.path).relative_to(run).as_posix()
+        if part.manifest is None:
+            problems.append(Problem(name, "this part never ran"))
+            continue
+        for found in _plain(Path(part.path)):
+            where = f"{name}/{found.path}".rstrip("/")
+            problems.append(Problem(where, found.what, tuple(row + before for row in found.samples)))
+        before += part.manifest.samples
+    return problems
+
+
+def _plain(run: Path) -> list[Problem]:
     manifest = read_manifest(run)
     root = _root(run)
     check_version(root.attrs, str(run))

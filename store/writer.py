@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +17,13 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from .errors import DiskFullError, OutputExistsError, StoreError
+from .disk import full_disk
+from .errors import OutputExistsError, StoreError
 from .growing import GrowingArray, create_array, dimensions
-from .manifest import MANIFEST, Manifest, consolidate, sync
+from .lock import locked, release_lock, take_lock
+from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
 from .schema import FORMAT, FORMAT_VERSION, GroupSchema
 
-LOCK = ".writer.lock"
 VOLATILE = ("run_id", "created", "software", "proven", "completeness", "format", "format_version")
 
 
@@ -53,32 +52,31 @@ class RunWriter:
         """Start a run of `samples` samples. OutputExistsError when `path` holds anything."""
         path = Path(path)
         draft = _draft(path)
-        lock = _lock(draft)
-        with _disk(path):
-            manifest = Manifest(run_id=secrets.token_hex(8), expected=samples)
-            root = zarr.create_group(str(draft), zarr_format=3)
-            root.attrs.update(
-                {
-                    "format": FORMAT,
-                    "format_version": FORMAT_VERSION,
-                    "run_id": manifest.run_id,
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    **attributes,
-                }
-            )
-            for group in groups:
-                _create_group(root, group)
-                manifest.axes[group.path] = group.axis
-                manifest.rows[group.path] = 0
-            manifest.write(draft)
-            draft.rename(path)
-        return cls(path, manifest, lock)
+        lock = take_lock(draft)
+        run_id = str(attributes.get("run_id", secrets.token_hex(8)))
+        manifest = Manifest(run_id=run_id, expected=samples)
+        try:
+            with full_disk(path):
+                _create_root(draft, manifest, attributes, groups)
+            try:
+                draft.rename(path)
+            except OSError:
+                # Another process was quicker; a full disk fails before.
+                raise locked(path) from None
+            return cls(path, manifest, lock)
+        except BaseException:
+            lock.close()
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
     @classmethod
     def resume(cls, path: str | Path, attributes: Mapping[str, Any]) -> RunWriter:
-        """Continue an unfinished run; OutputExistsError names every attribute that differs."""
+        """Continue an unfinished run; OutputExistsError names every attribute that differs.
+
+        A finished run is opened for more samples: from then on, until `finish`, it is an unfinished one.
+        """
         path = Path(path)
-        lock = _lock(path)
+        lock = take_lock(path)
         try:
             manifest = Manifest.parse((path / MANIFEST).read_bytes(), str(path))
             stored = dict(zarr.open_group(str(path), mode="r", use_consolidated=False).attrs)
@@ -90,14 +88,22 @@ class RunWriter:
                 )
             for leftover in (*path.rglob("*.partial"), *path.rglob("*.__lock")):
                 leftover.unlink()
+            if manifest.complete:
+                manifest = replace(manifest, state="writing")
+                manifest.write(path)
+                deconsolidate(path)
             return cls(path, manifest, lock)
         except BaseException:
-            lock.close()
+            release_lock(path, lock)
             raise
+
+    def rows(self, group: str) -> int:
+        """How many rows a growing group has, with those that are not committed yet."""
+        return next(iter(self._arrays[group].values())).rows
 
     def append(self, rows: Mapping[str, Mapping[str, NDArray[Any]]], *, samples: int) -> None:
         """Add the rows of the next `samples` samples: {group: {array: values}}, every array of a group."""
-        with _disk(self.path):
+        with full_disk(self.path, self.manifest):
             for group, columns in rows.items():
                 arrays = self._arrays[group]
                 lengths = {arrays[n].axis: v.shape[arrays[n].axis] for n, v in columns.items() if n in arrays}
@@ -113,7 +119,7 @@ class RunWriter:
 
     def put_static(self, group: str, dataset: xr.Dataset, attrs: Mapping[str, Any] | None = None) -> None:
         """Write a small group whole, such as readout/; part of the next commit."""
-        with _disk(self.path):
+        with full_disk(self.path, self.manifest):
             shutil.rmtree(self.path / group, ignore_errors=True)
             root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
             node = root.create_group(
@@ -141,7 +147,7 @@ class RunWriter:
 
     def commit(self) -> None:
         """Make every appended sample permanent. The replaced manifest is the instant it happens."""
-        with _disk(self.path):
+        with full_disk(self.path, self.manifest):
             files = dict(self.manifest.files)
             for array in self._each():
                 array.flush()
@@ -172,7 +178,7 @@ class RunWriter:
                 f"{self.path} holds {self.samples} of {self.manifest.expected} samples: not finished.",
                 "Run the same capture command again to continue it.",
             )
-        with _disk(self.path):
+        with full_disk(self.path, self.manifest):
             manifest = self.manifest.finished()
             root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
             root.attrs["completeness"] = {
@@ -185,9 +191,19 @@ class RunWriter:
             self.manifest = manifest
         self.close()
 
+    def expect(self, samples: int) -> None:
+        """Change how many samples the finished run will have."""
+        self.manifest = replace(self.manifest, expected=samples)
+
     @property
     def bytes_written(self) -> int:
-        return self.manifest.stored_bytes
+        """Bytes on disk: what is committed, and the files written since."""
+        since = 0
+        for file in {file for array in self._each() for file in array.touched}:
+            with suppress(FileNotFoundError):
+                known = self.manifest.files.get(file.relative_to(self.path).as_posix(), (0, 0))
+                since += file.stat().st_size - known[0]
+        return self.manifest.stored_bytes + since
 
     def close(self) -> None:
         """Let go of the run without a commit; what was appended since the last one is lost."""
@@ -195,9 +211,7 @@ class RunWriter:
             for array in self._each():
                 with suppress(Exception):
                     array.wait()
-            with suppress(FileNotFoundError):
-                (self.path / LOCK).unlink()
-            self._lock.close()
+            release_lock(self.path, self._lock)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -234,6 +248,24 @@ def _names(coords: Any) -> str:
     return " ".join(sorted(str(name) for name in coords))
 
 
+def _create_root(
+    draft: Path, manifest: Manifest, attributes: Mapping[str, Any], groups: Sequence[GroupSchema]
+) -> None:
+    root = zarr.create_group(str(draft), zarr_format=3)
+    stamp = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "run_id": manifest.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    root.attrs.update({**stamp, **attributes})
+    for group in groups:
+        _create_group(root, group)
+        manifest.axes[group.path] = group.axis
+        manifest.rows[group.path] = 0
+    manifest.write(draft)
+
+
 def _create_group(root: zarr.Group, schema: GroupSchema) -> None:
     tokens = schema.axis in ("token", "patch") and not schema.path.startswith("tokens/")
     labels = [a.name for a in schema.arrays if tokens and a.dims == (schema.axis,)]
@@ -265,33 +297,6 @@ def _draft(path: Path) -> Path:
     return draft
 
 
-def _lock(path: Path) -> IO[str]:
-    file = (path / LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise OutputExistsError(
-            f"another process is writing {path}.", "Wait for it, or give this job another --output-dir."
-        ) from None
-    return file
-
-
 def _checksum(file: Path) -> tuple[int, int]:
     data = file.read_bytes()
     return len(data), zlib.crc32(data)
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """A full disk is an error of its own; what was committed before it is intact."""
-    try:
-        yield
-    except Exception as cause:
-        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause)
-        if not full:
-            raise
-        raise DiskFullError(
-            f"the disk that holds {path} is full; everything committed so far is intact.",
-            "Free some space and run the same command again: it continues where it stopped.",
-        ) from cause

@@ -41,7 +41,7 @@ def tokens_of(run: xr.DataTree, sample: int) -> xr.Dataset:
 
 
 def stacked_attention(run: xr.DataTree, sample: int) -> np.ndarray[Any, Any]:
-    """Dense attention (layer, head, query, key) of one sample, float64; NaN for queries that were not captured."""
+    """Dense attention (layer, head, query, key) of one sample, float64; NaN for queries not captured."""
     query = run["text/q"].to_dataset(inherit=False)
     held = query["position"].values[query["sample_index"].values == sample]
     rows = np.stack([dense_attention(run, sample, int(layer)) for layer in query["layer"].values])

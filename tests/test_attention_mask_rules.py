@@ -58,24 +58,24 @@ EXPECTED = {
         "00000011",
     ],
     "per_image": [
-        "10010011",
+        "10000000",
         "01100000",
         "01100000",
-        "10010011",
+        "00010000",
         "00001100",
         "00001100",
-        "10010011",
-        "10010011",
+        "00000011",
+        "00000011",
     ],
     "image_windows": [
-        "10010011",
+        "10000000",
         "01100000",
         "01100000",
-        "10010011",
+        "00010000",
         "00001100",
         "00001100",
-        "10010011",
-        "10010011",
+        "00000011",
+        "00000011",
     ],
 }
 WINDOW = {"sliding_window": 2, "sliding_window_image_blocks": 2, "image_windows": 2}
@@ -99,9 +99,17 @@ def test_rule__of_a_few_queries_is_those_rows(mask: str) -> None:
     assert not every[[2, 5], rule(mask).key_stop(few, TOKENS) :].any(), "no allowed key is cut off"
 
 
+def test_rule__per_image_keeps_a_crop_and_its_own_cls_together() -> None:
+    image, tile = np.array([0, 0, 0, 0, 0, 0, 1, 1]), np.array([-1, 0, 0, -1, 1, 1, -1, 0])
+    tokens = {"position": np.arange(8), "image_index": image, "tile": tile}
+    allowed = rule("per_image").allowed(tokens, tokens)
+    expected = ["11100000"] * 3 + ["00011100"] * 3 + ["00000011"] * 2
+    assert ["".join("01"[int(cell)] for cell in row) for row in allowed] == expected
+
+
 def test_rule__image_windows_split_a_grid() -> None:
     row, col = np.divmod(np.arange(16), 4)
-    grid = {"position": np.arange(16), "image_index": np.zeros(16), "tile": np.zeros(16)}
+    grid = {"position": np.arange(16), "image_index": np.zeros(16, int), "tile": np.zeros(16, int)}
     tokens = grid | {"patch_row": row, "patch_col": col}
     allowed = rule("image_windows").allowed(tokens, tokens)
     assert np.flatnonzero(allowed[5]).tolist() == [0, 1, 4, 5]

@@ -150,7 +150,7 @@ def pattern(q: NDArray[Any], k: NDArray[Any], rule: dict[str, Any]) -> NDArray[A
     if rule["mask"] == "causal":
         scores = np.where(np.tri(len(q), dtype=bool), scores, -np.inf)
     else:
-        assert rule["mask"] == "bidirectional"
+        assert rule["mask"] == "per_image"
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.asarray(weights / weights.sum(-1, keepdims=True))
 

@@ -18,8 +18,9 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mechanistic.capture.coordinates import Geometry, image_layout, square_grid
+from mechanistic.capture.coordinates import image_layout
 from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.patches import Geometry, square_grid
 from mechanistic.store.errors import ModelError
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -114,7 +115,7 @@ def test_image_layout__every_patch_moves_exactly_its_own_token(loaded: LoadedMod
 def test_image_layout__class_token_has_no_place(loaded: LoadedModel) -> None:
     loaded.processor.image_processor = PROCESSORS["squeezed"]()
     encoder = image_layout(loaded.model, loaded.processor, 64, 64).encoder
-    assert (encoder.tile[0], encoder.row[0], encoder.col[0]) == (-1, -1, -1)
+    assert (encoder.tile[0], encoder.row[0], encoder.col[0]) == (0, -1, -1)
     assert np.isnan(encoder.box[0]).all()
     assert len(encoder) == 65
 

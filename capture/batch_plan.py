@@ -1,0 +1,42 @@
+"""Which samples share a forward: a function of dataset and specification, never of where a job resumed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+
+from .dataset import Dataset, ImageSource, Sample
+
+# Results wait in memory for the samples before them, so a window is also what a job holds at most.
+WINDOW_BATCHES = 4
+
+
+def windows(numbers: range, batch_size: int) -> Iterator[list[int]]:
+    """Consecutive samples, some batches at a time: a run is committed at the end of a window."""
+    step = WINDOW_BATCHES * batch_size
+    for first in range(numbers.start, numbers.stop, step):
+        yield list(range(first, min(first + step, numbers.stop)))
+
+
+def batches(window: Sequence[int], dataset: Dataset, batch_size: int) -> list[list[int]]:
+    """The samples of a window in batches of similar length, so that little is padded."""
+    order = sorted(window, key=lambda number: (*expected_length(dataset[number]), number))
+    return [sorted(order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
+
+
+def expected_length(sample: Sample) -> tuple[int, int, int]:
+    """Number of images, their pixels, and characters of the question: what decides how long a prompt is."""
+    return len(sample.images), sum(_area(source) for source in sample.images), len(sample.question)
+
+
+def _area(source: ImageSource) -> int:
+    """Pixels of an image from its header; 0 where it cannot be read, which its capture will report."""
+    if isinstance(source, Image.Image):
+        return source.width * source.height
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.width * image.height
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0

@@ -1,0 +1,327 @@
+"""One contract for every family: what a run holds, stored and reopened, is what transformers computes itself.
+
+The reference is the library alone: each sample by itself, eager attention, generated with its cache, watched by
+plain hooks. The run was captured in one batch of unequal lengths, by teacher forcing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from PIL import Image
+from tiny_models import Listed
+from torch import nn
+from transformers.image_utils import PILImageResampling
+from zoo import ZOO, Family, samples
+
+from mechanistic.analysis import attention_pattern
+from mechanistic.capture.batch import Batch, prepare_batch
+from mechanistic.capture.dataset import Sample
+from mechanistic.capture.job import capture_run
+from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.token_table import TokenTexts
+from mechanistic.store import open_run, site
+
+TOLERANCE = 1e-5
+ANSWER = 2
+SITES = ("resid_pre", "resid_post", "q", "k", "v", "z")
+
+
+@dataclass
+class Seen:
+    """What one sample did alone: tensors by stack and layer, in the order of the calls."""
+
+    residual: dict[tuple[str, str, int], list[torch.Tensor]] = field(default_factory=dict)
+    weights: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict)
+    mixed: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict)
+    states: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+
+    def stream(self, stack: str, end: str, layer: int) -> NDArray[Any]:
+        """(token, d_model) over all calls."""
+        parts = [part.reshape(-1, part.shape[-1]) for part in self.residual[stack, end, layer]]
+        return np.asarray(torch.cat(parts).numpy())
+
+
+@dataclass
+class Captured:
+    """A family's model, its reopened run, and the reference of each sample."""
+
+    family: Family
+    loaded: LoadedModel
+    run: xr.DataTree
+    seen: list[Seen]
+
+    def rows(self, name: str, number: int) -> NDArray[Any]:
+        """Values (layer, row, ...) of one sample."""
+        data = site(self.run, name)
+        array = data[name.split("/")[1]]
+        values: NDArray[Any] = array.isel(
+            {array.dims[1]: np.flatnonzero(data.sample_index.values == number)}
+        ).values
+        return values
+
+    def depth(self, stack: str) -> int:
+        return len(self.loaded.model.get_submodule(self.family.layers[stack]))
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Captured:
+    family = ZOO[request.param]
+    loaded = family.build()
+    asked = samples(family)
+    path = tmp_path_factory.mktemp(request.param) / "run"
+    sites = [f"{stack}.*.{name}" for stack in family.layers for name in SITES]
+    capture_run(loaded, Listed(asked), path, sites=sites, batch_size=4, max_new_tokens=ANSWER, quiet=True)
+    run = open_run(path)
+    prompts = run["samples"].to_dataset().prompt.values
+    return Captured(
+        family,
+        loaded,
+        run,
+        [alone(family, loaded, str(prompt), each) for prompt, each in zip(prompts, asked, strict=True)],
+    )
+
+
+def alone(family: Family, loaded: LoadedModel, prompt: str, sample: Sample) -> Seen:
+    """The library by itself on one sample."""
+    images = {"images": [list(sample.images)]} if sample.images else {}
+    inputs = dict(loaded.processor(text=[prompt], return_tensors="pt", **images))
+    inputs.pop("labels", None)
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    seen = Seen()
+    with torch.no_grad(), watching(family, loaded.model, seen):
+        out = loaded.model.generate(
+            **inputs,
+            max_new_tokens=ANSWER + 1,
+            do_sample=False,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+    seen.states = list(out.hidden_states)
+    new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    ends = {loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id}
+    stop = next((place for place, token in enumerate(new) if token in ends), len(new))
+    seen.answer = new[: min(stop, ANSWER)]
+    return seen
+
+
+@contextmanager
+def watching(family: Family, model: nn.Module, seen: Seen) -> Iterator[None]:
+    """Eager attention, with its weights and outputs and the layers' inputs and outputs recorded."""
+    owner: dict[nn.Module, tuple[str, int]] = {}
+    with ExitStack() as stack:
+        for name, path in family.layers.items():
+            for number, layer in enumerate(model.get_submodule(path)):  # type: ignore[arg-type]
+                owner |= {part: (name, number) for part in layer.modules()}
+                pre, post = (
+                    seen.residual.setdefault((name, end, number), []) for end in ("resid_pre", "resid_post")
+                )
+                before = layer.register_forward_pre_hook(
+                    lambda _, args, kwargs, kept=pre: kept.append((args or (kwargs["hidden_states"],))[0]),
+                    with_kwargs=True,
+                )
+                after = layer.register_forward_hook(
+                    lambda _, args, out, kept=post: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+                )
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+        modules = {sys.modules[type(part).__module__] for part in owner}
+        for module in (module for module in modules if hasattr(module, "eager_attention_forward")):
+            honest = module.eager_attention_forward
+
+            def record(part: nn.Module, *args: Any, honest: Any = honest, **kwargs: Any) -> Any:
+                out, weights = honest(part, *args, **kwargs)
+                if part in owner:
+                    seen.weights.setdefault(owner[part], []).append(weights)
+                    seen.mixed.setdefault(owner[part], []).append(out)
+                return out, weights
+
+            stack.enter_context(mock.patch.object(module, "eager_attention_forward", record))
+        own = model.config._attn_implementation  # type: ignore[union-attr]
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+        stack.callback(model.set_attn_implementation, own)  # type: ignore[arg-type]
+        yield
+
+
+def close(got: NDArray[Any], expected: NDArray[Any]) -> None:
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * float(np.abs(expected).max()))
+
+
+def test_zoo__answers_are_what_the_library_generates_alone(captured: Captured) -> None:
+    table = captured.run["tokens/text"].to_dataset()
+    for number, seen in enumerate(captured.seen):
+        here = table.isel(token=np.flatnonzero(table.sample_index.values == number))
+        assert here.token_id.values[here.kind.values == 3].tolist() == seen.answer
+    assert any(seen.answer for seen in captured.seen)
+
+
+def test_zoo__residuals_are_the_layers_inputs_and_outputs(captured: Captured) -> None:
+    for stack in captured.family.layers:
+        for number, seen in enumerate(captured.seen):
+            for end in ("resid_pre", "resid_post"):
+                rows = captured.rows(f"{stack}/{end}", number)
+                assert len(rows) == captured.depth(stack)
+                for layer, got in enumerate(rows):
+                    close(got, seen.stream(stack, end, layer)[: len(got)])
+
+
+def test_zoo__residuals_are_the_librarys_hidden_states(captured: Captured) -> None:
+    for number, seen in enumerate(captured.seen):
+        rows = captured.rows("text/resid_pre", number)
+        for layer, got in enumerate(rows):
+            states = torch.cat([step[layer][0] for step in seen.states])
+            close(got, states[: len(got)].numpy())
+
+
+def test_zoo__attention_from_q_and_k_is_the_librarys_eager_attention(captured: Captured) -> None:
+    for stack in captured.family.layers:
+        expected_of = causal_steps if stack == "text" else blocks
+        for number, seen in enumerate(captured.seen):
+            pattern = attention_pattern(captured.run, sample=number, stack=stack).attention_pattern
+            assert pattern.sizes["layer"] == captured.depth(stack)
+            for layer, got in enumerate(pattern.values):
+                close(got, expected_of(seen.weights[stack, layer], got.shape))
+
+
+def causal_steps(calls: list[torch.Tensor], shape: tuple[int, ...]) -> NDArray[Any]:
+    """(head, query, key) from the prompt's call and one call for each answer token, whose cache may be short."""
+    expected = np.zeros(shape, np.float32)
+    at = 0
+    for weights in calls:
+        queries, keys = weights.shape[2:]
+        if at + queries <= shape[1]:
+            expected[:, at : at + queries, at + queries - keys : at + queries] = weights[0].numpy()
+        at += queries
+    return expected
+
+
+def blocks(calls: list[torch.Tensor], shape: tuple[int, ...]) -> NDArray[Any]:
+    """(head, query, key) from calls whose rows are separate sequences, end to end."""
+    expected = np.zeros(shape, np.float32)
+    at = 0
+    for weights in (row for call in calls for row in call):
+        size = weights.shape[1]
+        expected[:, at : at + size, at : at + size] = weights.numpy()
+        at += size
+    assert at == shape[1]
+    return expected
+
+
+def test_zoo__head_outputs_and_values_are_the_librarys(captured: Captured) -> None:
+    for stack in captured.family.layers:
+        for number, seen in enumerate(captured.seen):
+            z, v = captured.rows(f"{stack}/z", number), captured.rows(f"{stack}/v", number)
+            pattern = attention_pattern(captured.run, sample=number, stack=stack).attention_pattern.values
+            for layer, got in enumerate(z):
+                mixed = torch.cat([call.flatten(0, 1) for call in seen.mixed[stack, layer]]).numpy()
+                close(got, mixed[: len(got)].reshape(got.shape))
+                values = np.repeat(v[layer], got.shape[1] // v.shape[2], axis=1)
+                close(np.einsum("hqk,khd->qhd", pattern[layer], values), got)
+
+
+def test_zoo__masks_are_those_of_the_family(captured: Captured) -> None:
+    for stack, masks in captured.family.masks.items():
+        rules = site(captured.run, f"{stack}/q").attrs["attention"]
+        found = [rules[str(layer)]["mask"] for layer in range(captured.depth(stack))]
+        assert found == list(masks) * (len(found) // len(masks))
+
+
+def test_zoo__what_was_proven_is_in_the_run(captured: Captured) -> None:
+    proven = captured.run.attrs["proven"]
+    assert proven["logits_change"] <= TOLERANCE
+    assert proven["forwards"] == 3 + len(captured.family.layers)
+    for stack, path in captured.family.layers.items():
+        report = proven["stacks"][stack]
+        assert (report["path"], report["taps"]) == (path, captured.depth(stack))
+        assert report["row_sum_error"] < TOLERANCE
+        assert report["attention_output_error"] < TOLERANCE
+        assert report["logits_change_by_edited_row"] > 0
+
+
+SEEING = [name for name, family in ZOO.items() if family.sees]
+
+
+@pytest.fixture(scope="module", params=SEEING)
+def still(request: pytest.FixtureRequest) -> tuple[Family, LoadedModel]:
+    """A model whose encoder layers do nothing and whose processor keeps pixels as they are."""
+    family = ZOO[request.param]
+    loaded = family.build()
+    for layer in loaded.model.get_submodule(family.layers["vision"]):
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    images = getattr(loaded.processor, "image_processor", loaded.processor)
+    # Nearest: what comes out of the resize depends on single pixels, so nothing is spread to neighbours.
+    images.resample = PILImageResampling.NEAREST
+    return family, loaded
+
+
+def first_inputs(family: Family, loaded: LoadedModel, images: list[Image.Image]) -> tuple[Batch, dict[str, Any]]:
+    """A batch, and (token, d_model) that goes into the first layer of each stack."""
+    sample = Sample("s", tuple(images), "where is the red square ?")
+    batch = prepare_batch(loaded, [sample], 0, max_new_tokens=0, texts=TokenTexts(loaded.tokenizer))
+    seen = Seen()
+    with torch.no_grad(), watching(family, loaded.model, seen):
+        loaded.model(**batch.inputs)
+    return batch, {stack: seen.stream(stack, "resid_pre", 0) for stack in family.layers}
+
+
+def test_zoo__a_pixel_moves_the_tokens_whose_boxes_hold_it(still: tuple[Family, LoadedModel]) -> None:
+    family, loaded = still
+    rng = np.random.default_rng(0)
+    for width, height in family.sizes:
+        other = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        images = [other, Image.fromarray(pixels)] if width == height else [Image.fromarray(pixels)]
+        batch, before = first_inputs(family, loaded, images)
+        side_x, side_y = max(3, width // 4), max(3, height // 4)
+        for _ in range(6):
+            x, y = int(rng.integers(0, width - side_x + 1)), int(rng.integers(0, height - side_y + 1))
+            changed = pixels.copy()
+            changed[y : y + side_y, x : x + side_x] ^= 255
+            _, after = first_inputs(family, loaded, [*images[:-1], Image.fromarray(changed)])
+            region = (x, y, x + side_x, y + side_y)
+            for stack, columns in (("text", batch.decoder[0]), ("vision", batch.encoder[0])):
+                if stack in before:
+                    moved = np.abs(after[stack] - before[stack]).max(-1) > 0
+                    certain, possible = overlapping(columns, len(images) - 1, region, (width, height))
+                    assert not (certain & ~moved).any(), (stack, width, height, region)
+                    assert not (moved & ~possible).any(), (stack, width, height, region)
+                    assert certain.any() or stack == "text"
+
+
+def overlapping(
+    columns: dict[str, NDArray[Any]], image: int, region: tuple[int, ...], size: tuple[int, int]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Tokens of one image whose box shares a good part with a region, and those that share any of it."""
+    x0, y0, x1, y1 = (columns[f"box_{edge}"] for edge in ("x0", "y0", "x1", "y1"))
+    across = np.minimum(x1, region[2]) - np.maximum(x0, region[0])
+    down = np.minimum(y1, region[3]) - np.maximum(y0, region[1])
+    mine = columns["image_index"] == image
+    with np.errstate(invalid="ignore"):
+        possible = mine & (across > 0) & (down > 0)
+        certain = mine & (across > (x1 - x0) * 0.5) & (down > (y1 - y0) * 0.5)
+    return certain, possible
+
+
+def test_zoo__the_image_changes_the_logits(captured: Captured) -> None:
+    if not captured.family.sees:
+        return
+    sample = samples(captured.family)[0]
+    texts = TokenTexts(captured.loaded.tokenizer)
+    logits = []
+    for image in (sample.images[0], Image.new("RGB", sample.images[0].size, (200, 30, 90))):
+        asked = Sample("s", (image,), sample.question)
+        batch = prepare_batch(captured.loaded, [asked], 0, max_new_tokens=0, texts=texts)
+        with torch.no_grad():
+            logits.append(captured.loaded.model(**batch.inputs).logits[0, -1])
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-3
