@@ -2,40 +2,75 @@
 
 # The functions are imported here, not on first use: several share the name of their module, and an attribute
 # that is looked up late would be the module once anything has imported that.
+from .accuracy import accuracy
+from .attention_boxes import attention_boxes
 from .attention_concentration import attention_concentration
+from .attention_distance import attention_distance
 from .attention_entropy import attention_entropy
+from .attention_evenness import attention_evenness
+from .attention_flow import attention_flow
 from .attention_mass import attention_mass
 from .attention_pattern import attention_pattern
+from .attention_rollout import attention_rollout, rollout_row
 from .attention_rows import AttentionRows, RowStatistic, attention_statistics
+from .attention_sparsity import attention_sparsity
 from .blocks import align_blocks, map_blocks
+from .cross_attention import cross_attention
+from .head_importance import head_importance
+from .hub_tokens import hub_tokens
 from .linear_probe import linear_probe
+from .logit_attribution import logit_attribution
 from .plot_attention_heatmap import plot_attention_heatmap
 from .plot_attention_on_image import plot_attention_on_image
+from .plot_cross_attention_attribution import plot_cross_attention_attribution
+from .plot_head_map import plot_head_map
 from .plot_layers import plot_layers
+from .plot_multi_head_attention import plot_multi_head_attention
 from .plot_probe import plot_probe
+from .question_words import question_words
 from .sample_image import sample_image
 from .splits import sample_means, summarize, with_samples
+from .text_hops import text_hops
 from .token_selection import select_layers, select_tokens
+from .two_hop import two_hop
 
 __all__ = [
     "AttentionRows",
     "RowStatistic",
+    "accuracy",
     "align_blocks",
+    "attention_boxes",
     "attention_concentration",
+    "attention_distance",
     "attention_entropy",
+    "attention_evenness",
+    "attention_flow",
     "attention_mass",
     "attention_pattern",
+    "attention_rollout",
+    "attention_sparsity",
     "attention_statistics",
+    "cross_attention",
+    "head_importance",
+    "hub_tokens",
     "linear_probe",
+    "logit_attribution",
     "map_blocks",
     "plot_attention_heatmap",
     "plot_attention_on_image",
+    "plot_cross_attention_attribution",
+    "plot_head_map",
     "plot_layers",
+    "plot_multi_head_attention",
     "plot_probe",
+    "question_words",
+    "rollout_row",
     "sample_image",
     "sample_means",
     "select_layers",
     "select_tokens",
     "summarize",
+    "text_hops",
+    "two_hop",
     "with_samples",
 ]

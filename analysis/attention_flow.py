@@ -49,6 +49,8 @@ def attention_flow(
     -------
     attention_flow (query, key), float32, 0 to 1; the capacity of the pipes out of a query is 1 in all.
         Flows to different keys share pipes, so they do not sum to 1. 0 where no path leads.
+        Under a causal mask more paths lead to early tokens, so that flow falls with position: compare keys
+        with `attention_rollout` beside it.
 
     Raises
     ------

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from mechanistic.store.cli import add_commands as add_store_commands
 from mechanistic.store.errors import MechanisticError
@@ -19,6 +20,7 @@ analyse them for ever after on CPUs; go back to the model only for causal work.
   mechanistic demo                    the whole way in a minute, on a small model that comes with it
   mechanistic capture --plan ...      what a capture will cost, before it runs
   mechanistic info RUN                what is inside a store
+  mechanistic analyze RUN mass probe  numbers and pictures from a store, without the model
 """
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with failed samples, 130/143 interrupted"
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_analyze(commands)
     add_capture_commands(commands)
     add_store_commands(commands)
     for command in commands.choices.values():
@@ -77,6 +80,57 @@ def _demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
 
     return run_demo(args.output_dir, num_samples=args.num_samples, seed=args.seed)
+
+
+def _add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .analyze import ANALYSES, Options
+
+    width = max(map(len, ANALYSES))
+    listed = "\n".join(f"  {name.ljust(width)}  {analysis.meaning}" for name, analysis in ANALYSES.items())
+    command = commands.add_parser(
+        "analyze",
+        help="compute analyses of a run, without its model, and save numbers and pictures",
+        description="Compute analyses of a run, out of core and without its model or torch. Each one writes "
+        "NAME.zarr (the labelled result), NAME.csv (its mean, interval and n in each split) and NAME*.png.",
+        epilog=f"analyses:\n{listed}\n\nexample:\n  mechanistic analyze RUN mass probe --by correct",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Options()
+    command.add_argument("run", metavar="RUN", help="folder or URL of a run")
+    command.add_argument("names", metavar="NAME", nargs="+", help="which analyses, see below")
+    command.add_argument("--tokens", default=default.tokens, help="query tokens or rows (default: last)")
+    command.add_argument(
+        "--by", nargs="+", default=[], metavar="COLUMN", help="split samples by their columns"
+    )
+    command.add_argument("--target", default=default.target, help="what a probe reads (default: relation)")
+    command.add_argument(
+        "--site", default=default.site, help="what a probe reads from (default: %(default)s)"
+    )
+    command.add_argument(
+        "--output-dir", default="analysis-results", metavar="DIR", help="default: %(default)s"
+    )
+    command.add_argument("--scheduler", metavar="ADDRESS", help="compute on a running dask cluster")
+    command.add_argument("--allow-partial", action="store_true", help="also analyse an unfinished run")
+    command.set_defaults(run_command=_analyze)
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from .analyze import Options, analyze_run
+
+    options = Options(args.tokens, tuple(args.by), args.target, args.site)
+    client: Any = nullcontext()
+    if args.scheduler:
+        from distributed import Client
+
+        client = Client(args.scheduler)
+    with client:
+        written = analyze_run(
+            args.run, args.names, args.output_dir, options, allow_partial=args.allow_partial
+        )
+    print("\n".join(map(str, written)))
+    return 0
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from .splits import row_labels, split_names
 
 @dataclass(frozen=True)
 class Conditions:
-    """`code[i]` is the condition of row `rows[i]`; `labels` describe conditions; `excluded` rows had no label."""
+    """`code[i]` is the condition of row `rows[i]`; `labels` describe conditions; `excluded` rows had none."""
 
     rows: NDArray[np.int64]
     code: NDArray[np.int64]
@@ -77,11 +77,14 @@ def conditions_of(rows: xr.DataArray, by: str | Sequence[str] | None) -> Conditi
     for name, values in zip(names, columns, strict=True):
         split = split_names(rows[name], values[kept])
         place = {value: number for number, value in enumerate(split)}
-        combined = combined * len(split) + [place[value] for value in values[kept].tolist()]
+        combined *= len(split)
+        combined += np.array([place[value] for value in values[kept].tolist()])
         splits.append(np.asarray(split))
     present, code = np.unique(combined, return_inverse=True)
     places = np.unravel_index(present, [len(split) for split in splits])
-    labels = {name: split[at] for name, split, at in zip(names, splits, places, strict=True)}
+    labels: dict[str, NDArray[Any]] = {
+        name: split[at] for name, split, at in zip(names, splits, places, strict=True)
+    }
     joined = [" | ".join(map(str, values)) for values in zip(*labels.values(), strict=True)]
     labels["condition"] = labels[names[0]] if len(names) == 1 else np.array(joined)
     return Conditions(kept, code.astype(np.int64), len(present), labels, int((~usable).sum()))
@@ -119,8 +122,8 @@ def partition_codes(
     if empty.size:
         condition, partition = divmod(int(empty[0]), count)
         raise DataError(
-            f"condition {conditions.name(condition)!r} has {conditions.sizes[condition]} rows, none in partition "
-            f"{names[partition]}; {empty.size} cells are empty.",
+            f"condition {conditions.name(condition)!r} has {conditions.sizes[condition]} rows, none in "
+            f"partition {names[partition]}; {empty.size} such cells are empty.",
             "Every condition needs a row in each partition: use fewer partitions, or other conditions.",
         )
     return code.astype(np.int64), count
@@ -153,7 +156,7 @@ def _column(rows: xr.DataArray, name: str, axis: str) -> NDArray[Any]:
 def _dealt(
     conditions: Conditions, samples: NDArray[np.int64], partitions: int, seed: int
 ) -> NDArray[np.int64]:
-    """Deal the samples of each condition to partitions in turn, in random order; a sample's rows stay together."""
+    """Deal the samples of each condition to partitions in turn, in random order; their rows stay together."""
     rng = np.random.default_rng(seed)
     _, unit = np.unique(np.column_stack([conditions.code, samples]), axis=0, return_inverse=True)
     unit = unit.reshape(-1)

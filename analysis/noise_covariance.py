@@ -1,4 +1,4 @@
-"""The covariance of the noise around means, shrunk so that it can be inverted, from sums over blocks of rows."""
+"""Covariance of the noise around means, from sums over blocks of rows, shrunk so that it can be inverted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GroupSums:
 
 
 class Scatter:
-    """Sums over rows r less their group's mean: `products` = sum r r', `quartic` = sum |r|^4, `count` of rows."""
+    """Sums over rows r less their group's mean: `products` = sum r r', `quartic` = sum |r|^4, `count`."""
 
     def __init__(self, features: int) -> None:
         self.products = np.zeros((features, features))
@@ -111,8 +111,8 @@ def whitener(covariance: NDArray[np.float64], layer: int) -> NDArray[np.float64]
     # A factor whose smallest pivot is rounding error inverts to noise.
     if failed or pivots.min() <= 1e-7 * pivots.max():
         raise DataError(
-            f"the noise covariance of layer {layer} cannot be inverted: its {len(covariance)} features are not "
-            "independent in so few rows.",
+            f"the noise covariance of layer {layer} cannot be inverted: its {len(covariance)} features are "
+            "not independent in these rows.",
             "Pass shrinkage='ledoit_wolf', or a share above 0, such as shrinkage=0.1.",
         )
     inverse, _ = lapack.dtrtri(factor, lower=1, overwrite_c=1)

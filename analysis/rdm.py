@@ -1,4 +1,4 @@
-"""Representational dissimilarity matrices: how far apart the representations of conditions are, layer by layer."""
+"""Representational dissimilarity matrices: how far apart the conditions are, layer by layer."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def representational_dissimilarity(
 
     Returns
     -------
-    dissimilarity (layer, condition, other), float32 (float64 for float64 rows): 0 on the diagonal; 0 to 2 for a
-        correlation; otherwise in squared units of the site for euclidean, without units where S is estimated;
-        never negative but for crossnobis, which is unbiased around 0.
+    dissimilarity (layer, condition, other), float32 (float64 if the rows are): 0 on the diagonal; 0 to 2 for
+        correlation; squared units of the site for euclidean, none where S is estimated; never negative but
+        for crossnobis, which is unbiased around 0.
     n_row (condition), int64: rows averaged. n_excluded (), int64: rows without a label.
         Labels of the conditions are coordinates, once for each axis (`relation`, `other_relation`).
 
@@ -93,9 +93,10 @@ def representational_dissimilarity(
     MissingSiteError, SpecificationError
                        no such site, layer, token selection, metric, covariance or shrinkage.
     DimensionError     no such label, or the array is not (layer, row, feature).
-    DataError          fewer than two conditions; a condition of one row where its noise is wanted, or without a
-                       row in some partition; means beyond `max_bytes`; when computed, a value that is not finite
-                       (by sample and layer), a covariance that cannot be inverted, a pattern without variance.
+    DataError          fewer than two conditions; a condition of one row where its noise is wanted, or without
+                       a row in some partition; means beyond `max_bytes`; when computed, a value that is not
+                       finite (by sample and layer), a covariance that cannot be inverted, a pattern that
+                       is the same in all features.
     OutputExistsError  something is at `save`.
 
     References

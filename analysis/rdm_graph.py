@@ -41,7 +41,7 @@ class RdmPlan:
 
 
 def dissimilarity_blocks(blocks: RowBlocks, plan: RdmPlan) -> list[Any]:
-    """One lazy matrix (condition, condition) a layer; what lies below the diagonal mirrors what lies above."""
+    """One lazy matrix (condition, condition) a layer; below the diagonal it mirrors what is above."""
     shared = delayed(plan, traverse=False)
     dtype = np.result_type(blocks.values.dtype, np.float32)
     return [_layer(blocks, plan, shared, place, dtype) for place in range(len(plan.layers))]

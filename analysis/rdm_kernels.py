@@ -19,8 +19,8 @@ TILE = 512
 class Patterns:
     """Patterns made ready so that one matrix product gives their dissimilarities.
 
-    values (partition, condition, feature): one partition unless cross-validated; `lengths` (condition) are the
-    products of each pattern with itself.
+    values (partition, condition, feature): one partition unless cross-validated; `lengths` (condition): the
+    product of each pattern with itself.
     """
 
     values: NDArray[Any]
@@ -28,7 +28,7 @@ class Patterns:
 
     @property
     def others(self) -> NDArray[Any]:
-        """What each partition is multiplied with: the sum of the other partitions, over the number of pairs."""
+        """What each partition is multiplied with: the sum of the others, over the number of pairs."""
         partitions = len(self.values)
         if partitions == 1:
             return self.values
@@ -74,7 +74,7 @@ def distance_patterns(patterns: NDArray[Any], shift: NDArray[Any], whitener: NDA
 
 
 def correlation_block(first: Patterns, second: Patterns, same: bool) -> NDArray[Any]:
-    """1 - r (condition of first, condition of second), between 0 and 2; symmetric and 0 on its diagonal if same."""
+    """1 - r (condition of first, condition of second), 0 to 2; symmetric and 0 on its diagonal if `same`."""
 
     def finish(tile: NDArray[Any], rows: slice, columns: slice) -> None:
         np.subtract(1, tile, out=tile)
@@ -86,8 +86,8 @@ def correlation_block(first: Patterns, second: Patterns, same: bool) -> NDArray[
 def distance_block(first: Patterns, second: Patterns, same: bool) -> NDArray[Any]:
     """Squared distances for each feature (condition of first, condition of second).
 
-    Not negative, unless cross-validated: then they are unbiased, and so may be. Symmetric and 0 on its diagonal
-    if `same`.
+    Not negative, unless cross-validated: then they are unbiased, and so may be. Symmetric and 0 on its
+    diagonal if `same`.
     """
     cross_validated, width = len(first.values) > 1, first.values.shape[2]
 

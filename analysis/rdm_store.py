@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
@@ -23,13 +24,13 @@ def write_dissimilarity(rdm: xr.Dataset, path: str | Path) -> xr.Dataset:
             f"{path} exists.", "Remove it, or name another path; open it with open_dissimilarity."
         )
     values = rdm["dissimilarity"]
-    encoding = {"dissimilarity": {"compressors": compressors(str(values.dtype))}}
+    settings: dict[str, Any] = {"compressors": compressors(str(values.dtype))}
     if values.chunks is not None:
-        encoding["dissimilarity"]["chunks"] = [max(sizes) for sizes in values.chunks]
+        settings["chunks"] = [max(sizes) for sizes in values.chunks]
     with warnings.catch_warnings():
         # Zarr v3 has no final specification of strings; what is written is what every reader writes.
         warnings.filterwarnings("ignore", "The data type .* does not have a Zarr V3 specification")
-        rdm.to_zarr(path, mode="w-", zarr_format=3, consolidated=False, encoding=encoding)
+        rdm.to_zarr(path, mode="w-", zarr_format=3, consolidated=False, encoding={"dissimilarity": settings})
     return open_dissimilarity(path)
 
 
@@ -40,7 +41,7 @@ def open_dissimilarity(path: str | Path) -> xr.Dataset:
     ------
     DimensionError  it holds no dissimilarity (condition, other).
     """
-    dataset = xr.open_zarr(path, consolidated=False)
+    dataset: xr.Dataset = xr.open_zarr(path, consolidated=False)
     if "dissimilarity" not in dataset or dataset["dissimilarity"].dims[-2:] != ("condition", "other"):
         raise DimensionError(
             f"{path} holds {', '.join(map(str, dataset.data_vars)) or 'nothing'}, no dissimilarity matrices.",

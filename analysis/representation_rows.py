@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from mechanistic.store import group, sites
 from mechanistic.store import site as site_of
-from mechanistic.store import sites
 from mechanistic.store.errors import DataError, DimensionError
 from mechanistic.store.schema import STATUS
 
@@ -55,11 +55,12 @@ def representation_rows(
                     no such site, layer or token selection.
     DimensionError  no such label, or the array is not (layer, row, feature).
     """
+    rows: xr.Dataset | xr.DataArray
     rows = _from_run(data, site, tokens, labels) if isinstance(data, xr.DataTree) else data
-    array = rows if isinstance(rows, xr.DataArray) else _only_array(rows)
+    array = _only_array(rows) if isinstance(rows, xr.Dataset) else rows
     if array.ndim != 3 or array.dims[0] != "layer":
         raise DimensionError(
-            f"these representations have the dimensions {', '.join(map(str, array.dims))}, not layer, row, feature.",
+            f"these must be (layer, row, feature), but are ({', '.join(map(str, array.dims))}).",
             "Choose one head (isel(head=0)), or make one feature axis: stack(feature=['head', 'd_head']).",
         )
     named = array.to_dataset(name="representation")
@@ -82,7 +83,7 @@ def _from_run(run: xr.DataTree, site: str, tokens: str | None, labels: Iterable[
     if name == site:
         rows = select_tokens(rows, tokens)
     columns = [label for label in dict.fromkeys((*labels, "status")) if label not in rows.variables]
-    held = run["samples"].to_dataset(inherit=False).variables
+    held = group(run, "samples").variables
     rows = with_samples(rows, run, [name for name in columns if name in held or name != "status"])
     if "sample_index" not in rows.variables:
         rows = rows.assign_coords(sample_index=("sample", np.arange(rows.sizes["sample"], dtype=np.int32)))
@@ -121,9 +122,9 @@ def layer_numbers(rows: xr.DataArray) -> list[int]:
 class RowBlocks:
     """Blocks (1, row, feature) of each layer, small enough to hold a few.
 
-    `of(layer)` gives the blocks of a layer to one consumer, to be opened with `open_block` inside its task. While
-    a layer's rows fit `max_bytes` all consumers share them; beyond that each reads them again, so that nothing
-    is held.
+    `of(layer)` gives the blocks of a layer to one consumer, to be opened with `open_block` inside its task.
+    While a layer's rows fit `max_bytes` all consumers share them; beyond that each reads them again, so that
+    nothing is held.
     """
 
     def __init__(self, values: Any, max_bytes: int) -> None:

@@ -1,26 +1,28 @@
-"""Ridge classification over folds, from sums that one pass over the features accumulates.
+"""Ridge regression over folds, from sums that one pass over the features accumulates.
 
-Labels are coded one column a class, +1 or -1, for the true labels and for every shuffled copy at once. All
-that fitting, and the choice of the penalty, needs of a fold is its size, means and centred products X'X, X'Y,
-Y'Y (`FoldMoments`), and those of a union of folds follow from their parts, so no row is looked at twice. With
-fewer rows than features the same solution comes from the row-by-row products instead (`RowRidge`).
+Every target is a column: +1 or -1 for a class, the value itself where it is continuous, for the true labels and
+for every shuffled copy at once. All that fitting, and the choice of the penalty, needs of a fold is its size,
+means and centred products X'X, X'Y, Y'Y (`FoldMoments`), and those of a union of folds follow from their parts,
+so no row is looked at twice. With fewer rows than features the same solution comes from the row-by-row products
+instead (`RowRidge`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import combinations
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mechanistic.store.errors import DataError
+
 Floats = NDArray[Any]
 
-# A penalty above this share of the trace keeps the condition number below 1e5, which float32 can solve.
-SINGLE_PRECISION = 1e-5
+# Below this share of the trace a penalty leaves a condition number that float32 cannot solve.
+SINGLE_PRECISION = 2e-6
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class FoldMoments:
             )
         feature_mean = features.mean(axis=0, dtype=np.float64)
         target_mean = targets.mean(axis=0, dtype=np.float64)
-        x = (features - feature_mean.astype(np.float32)).astype(np.float32)
+        x = np.subtract(features, feature_mean.astype(np.float32), dtype=np.float32)
         y = (targets - target_mean).astype(np.float32)
         squares = np.einsum("nc,nc->c", y, y, dtype=np.float64)
         return cls(len(x), feature_mean, target_mean, x.T @ x, (x.T @ y).astype(np.float64), squares)
@@ -61,13 +63,46 @@ class FoldMoments:
         count = self.count + other.count
         share = self.count * other.count / count
         x, y = other.feature_mean - self.feature_mean, other.target_mean - self.target_mean
+        features = self.features + other.features
+        features += _outer(x, share)
         return FoldMoments(
             count,
             self.feature_mean + x * (other.count / count),
             self.target_mean + y * (other.count / count),
-            self.features + other.features + np.outer(x * share, x).astype(np.float32),
+            features,
             self.cross + other.cross + np.outer(x * share, y),
             self.targets + other.targets + share * y**2,
+        )
+
+    def about(self, feature_centre: Floats, target_centre: Floats) -> FoldSums:
+        """The products about a common centre, which can be added and taken away as they are."""
+        x, y = self.feature_mean - feature_centre, self.target_mean - target_centre
+        features = self.features + _outer(x, self.count)
+        cross = self.cross + np.outer(x * self.count, y)
+        return FoldSums(
+            self.count, x * self.count, y * self.count, features, cross, self.targets + y**2 * self.count
+        )
+
+
+@dataclass(frozen=True)
+class FoldSums:
+    """Sums and products over some rows about a centre that all folds share."""
+
+    count: int
+    feature_sum: Floats
+    target_sum: Floats
+    features: Floats
+    cross: Floats
+    targets: Floats
+
+    def __sub__(self, other: FoldSums) -> FoldSums:
+        return FoldSums(
+            self.count - other.count,
+            self.feature_sum - other.feature_sum,
+            self.target_sum - other.target_sum,
+            self.features - other.features,
+            self.cross - other.cross,
+            self.targets - other.targets,
         )
 
 
@@ -97,8 +132,8 @@ class RidgeProblem(Protocol):
     @property
     def folds(self) -> int: ...
 
-    def path(self, train: Sequence[int], penalties: Sequence[float]) -> RidgePath:
-        """Fit on some folds, for each penalty, on features standardised over those folds."""
+    def path(self, held_out: Sequence[int], penalties: Sequence[float]) -> RidgePath:
+        """Fit on all but some folds, for each penalty, on features standardised over the rest."""
         ...
 
 
@@ -112,36 +147,59 @@ class MomentRidge:
     def folds(self) -> int:
         return len(self.moments)
 
-    def path(self, train: Sequence[int], penalties: Sequence[float]) -> MomentPath:
-        total = reduce(FoldMoments.__add__, [self.moments[fold] for fold in train])
-        scale = _scale(np.diag(total.features) / total.count)
-        gram = total.features / (scale[:, None] * (scale[None, :] * total.count))
-        cross = total.cross / (scale[:, None] * total.count)
-        weights = np.stack([solution / scale[:, None] for solution in _solve_path(gram, cross, penalties)])
-        intercept = total.target_mean - np.einsum("d,pdc->pc", total.feature_mean, weights)
-        return MomentPath(self.moments, weights.astype(np.float32), intercept)
+    @cached_property
+    def total(self) -> FoldMoments:
+        return reduce(FoldMoments.__add__, self.moments)
+
+    @cached_property
+    def parts(self) -> list[FoldSums]:
+        return [fold.about(self.total.feature_mean, self.total.target_mean) for fold in self.moments]
+
+    def path(self, held_out: Sequence[int], penalties: Sequence[float]) -> MomentPath:
+        """Penalties are on standardised features: (X'X + n a diag(s^2)) w = X'y in the units of X."""
+        centre = np.zeros_like(self.total.feature_mean), np.zeros_like(self.total.target_mean)
+        whole = FoldSums(
+            self.total.count, *centre, self.total.features, self.total.cross, self.total.targets
+        )
+        train = reduce(FoldSums.__sub__, [self.parts[fold] for fold in held_out], whole)
+        mean, target_mean = train.feature_sum / train.count, train.target_sum / train.count
+        # Without a fold held out the products are the total's own, which later paths still need.
+        gram = train.features - _outer(mean, train.count)
+        cross = train.cross - np.outer(mean, train.target_sum)
+        squares = np.diag(gram).astype(np.float64)
+        # Rounding leaves a constant feature a trace of variance; its weight must be exactly 0.
+        constant = squares <= 1e-12 * (np.abs(squares).max() + train.count * self.total.feature_mean**2)
+        squares[constant] = train.count
+        cross[constant] = 0
+        weights = np.stack(list(_solve_path(gram, cross, squares, penalties)))
+        return MomentPath(self, weights, target_mean - np.einsum("d,pdc->pc", mean, weights))
 
 
 @dataclass(frozen=True)
 class MomentPath:
-    """weights (penalty, d, c), intercept (penalty, c)."""
+    """weights (penalty, d, c), intercept (penalty, c) about the common centre."""
 
-    moments: Sequence[FoldMoments]
+    problem: MomentRidge
     weights: NDArray[np.float32]
     intercept: Floats
 
     def squared_error(self, fold: int) -> Floats:
-        part = self.moments[fold]
-        errors = []
-        for weights, intercept in zip(self.weights, self.intercept, strict=True):
-            shift = part.target_mean - part.feature_mean @ weights - intercept
-            explained = np.einsum("dc,dc->c", weights, part.features @ weights - 2 * part.cross)
-            errors.append(part.targets + explained + part.count * shift**2)
-        return np.stack(errors)
+        part, offset = self.problem.parts[fold], self.intercept
+        explained = np.stack([np.einsum("dc,dc->c", w, part.features @ w) for w in self.weights])
+        cross = np.einsum("pdc,dc->pc", self.weights, part.cross.astype(np.float32))
+        mean = np.einsum("pdc,d->pc", self.weights, part.feature_sum.astype(np.float32))
+        return np.asarray(
+            part.targets
+            - 2 * (cross + offset * part.target_sum - offset * mean)
+            + explained
+            + part.count * offset**2
+        )
 
     def pick(self, best: NDArray[np.int64]) -> Linear:
-        columns = np.arange(len(best))
-        return Linear(self.weights[best, :, columns].T, self.intercept[best, columns])
+        columns, total = np.arange(len(best)), self.problem.total
+        weights = self.weights[best, :, columns].T
+        centred = self.intercept[best, columns] + total.target_mean
+        return Linear(weights, centred - total.feature_mean @ weights)
 
 
 @dataclass(frozen=True)
@@ -153,20 +211,18 @@ class RowRidge:
     fold: NDArray[Any]
     folds: int
 
-    def path(self, train: Sequence[int], penalties: Sequence[float]) -> RowPath:
-        rows = np.isin(self.fold, list(train))
+    def path(self, held_out: Sequence[int], penalties: Sequence[float]) -> RowPath:
+        rows = ~np.isin(self.fold, list(held_out))
         mean = self.features[rows].mean(axis=0, dtype=np.float64)
         target_mean = self.targets[rows].mean(axis=0, dtype=np.float64)
         x = self.features.astype(np.float32) - mean.astype(np.float32)
         scale = _scale(np.einsum("nd,nd->d", x[rows], x[rows], dtype=np.float64) / rows.sum())
         x *= (1 / scale).astype(np.float32)
         products = x @ x[rows].T
-        count = rows.sum()
-        right = (self.targets[rows] - target_mean) / count
-        duals = np.stack(list(_solve_path(products[rows] / count, right, penalties)))
-        return RowPath(
-            self, products, duals.astype(np.float32), x[rows] / scale.astype(np.float32), mean, target_mean
-        )
+        right = self.targets[rows] - target_mean
+        count = np.full(rows.sum(), float(rows.sum()))
+        duals = np.stack(list(_solve_path(products[rows], right, count, penalties)))
+        return RowPath(self, products, duals, x[rows] / scale.astype(np.float32), mean, target_mean)
 
 
 @dataclass(frozen=True)
@@ -190,63 +246,32 @@ class RowPath:
         return Linear(weights, self.target_mean - self.mean @ weights)
 
 
-@dataclass(frozen=True)
-class FoldedFit:
-    """One model for each fold, fitted on the other folds, and one fitted on all of them.
+def _solve_path(
+    gram: Floats, right: Floats, ridge: Floats, penalties: Sequence[float]
+) -> Iterator[NDArray[np.float32]]:
+    """Solve (gram + penalty diag(ridge)) w = right; in float64 where the penalty is too small for float32."""
+    from scipy.linalg import lapack
 
-    weights (fold + 1, d, c), intercept (fold + 1, c), penalty (fold + 1, c); the last entry is of all folds.
-    """
-
-    weights: NDArray[np.float32]
-    intercept: NDArray[np.float64]
-    penalty: NDArray[np.float64]
-
-
-def fit_folds(problem: RidgeProblem, penalties: Sequence[float], classes: int) -> FoldedFit:
-    """Fit for every held-out fold, choosing the penalty inside the training folds alone.
-
-    The penalty of a labelling is the one with the least squared error over the training folds, each predicted
-    from the remaining ones; each shuffled copy of the labels chooses its own.
-    """
-    everything = range(problem.folds)
-    inner: dict[tuple[int, int], Floats] = {}
-    for first, second in combinations(everything, 2):
-        path = problem.path([fold for fold in everything if fold not in (first, second)], penalties)
-        # inner[f, g]: trained on neither, so what g says about penalties when f is held out.
-        inner[first, second], inner[second, first] = path.squared_error(second), path.squared_error(first)
-    models, chosen, outer = [], [], []
-    for held_out in everything:
-        path = problem.path([fold for fold in everything if fold != held_out], penalties)
-        best = _best([inner[held_out, fold] for fold in everything if fold != held_out], classes)
-        outer.append(path.squared_error(held_out))
-        models.append(path.pick(best))
-        chosen.append(np.asarray(penalties)[best])
-    best = _best(outer, classes)
-    models.append(problem.path(list(everything), penalties).pick(best))
-    return FoldedFit(
-        np.stack([model.weights for model in models]).astype(np.float32),
-        np.stack([model.intercept for model in models]),
-        np.stack([*chosen, np.asarray(penalties)[best]]),
-    )
-
-
-def _best(errors: Sequence[Floats], classes: int) -> NDArray[np.int64]:
-    """For each target the number of its labelling's best penalty."""
-    total = np.sum(errors, axis=0)
-    return np.repeat(total.reshape(len(total), -1, classes).sum(axis=-1).argmin(axis=0), classes)
-
-
-def _solve_path(gram: Floats, right: Floats, penalties: Sequence[float]) -> Iterator[Floats]:
-    """Solve (gram + penalty I) w = right; in float64 where the penalty is too small for float32."""
-    from scipy.linalg import cho_factor, cho_solve
-
-    trace = float(np.trace(gram))
+    trace = float((np.diag(gram) / ridge).sum())
     for penalty in penalties:
-        dtype = np.float32 if penalty > SINGLE_PRECISION * trace else np.float64
-        shifted: NDArray[np.floating[Any]] = np.array(gram, dtype)
-        shifted.flat[:: len(shifted) + 1] += penalty
-        factor = cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
-        yield cho_solve(factor, right.astype(dtype), check_finite=False)
+        single = penalty > SINGLE_PRECISION * trace
+        dtype: Any = np.float32 if single else np.float64
+        factorise, solve = (lapack.spotrf, lapack.spotrs) if single else (lapack.dpotrf, lapack.dpotrs)
+        shifted = np.array(gram, dtype)
+        shifted.flat[:: len(shifted) + 1] += penalty * ridge
+        # The transposed view is in the order that LAPACK works in: nothing is copied.
+        factor, failed = factorise(shifted.T, lower=1, overwrite_a=1, clean=0)
+        if failed:
+            raise DataError(
+                f"the features are too nearly dependent for the penalty {penalty:g}.",
+                "Use larger penalties, such as penalties=(0.1, 1.0, 10.0).",
+            )
+        yield solve(factor, np.asarray(right, dtype, order="F"), lower=1)[0].astype(np.float32)
+
+
+def _outer(vector: Floats, factor: float) -> NDArray[np.float32]:
+    single = vector.astype(np.float32)
+    return np.outer(single * np.float32(factor), single)
 
 
 def _scale(variance: Floats) -> Floats:

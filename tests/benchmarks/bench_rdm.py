@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_rdm.py
 
-Each time is the least of three runs of the public call, from arrays in memory to the finished matrix, and both
-matrices are compared. rsatoolbox runs as its documentation says: `calc_rdm` with descriptors, and for
-crossnobis with the noise precision from `prec_from_unbalanced`. Lines in brackets have no target: crossnobis
-without noise, which at this size is one matrix product for either side.
+Each time is the least of three runs of the public call, from arrays in memory to the finished matrix; the
+results are compared. rsatoolbox runs as its documentation says: `calc_rdm` with descriptors, and for crossnobis
+with the noise precision from `prec_from_unbalanced`. The line in brackets has no target: crossnobis without
+noise, at this size one matrix product for either side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def main() -> int:
         return 2
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     print(
-        f"{CONDITIONS} conditions x {FEATURES} features, {PARTITIONS} partitions; CPU seconds, OMP_NUM_THREADS {threads}"
+        f"{CONDITIONS} conditions x {FEATURES} features, {PARTITIONS} partitions; CPU seconds, "
+        f"OMP_NUM_THREADS={threads}"
     )
     ratios = [*correlation(rsatoolbox), *crossnobis(rsatoolbox)]
     missed = [ratio for ratio in ratios if ratio < TARGET]

@@ -1,0 +1,76 @@
+"""Cross-validation of ridge probes: a penalty for each held-out fold, chosen inside the training folds alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ridge_folds import Floats, Linear, RidgeProblem
+
+
+@dataclass(frozen=True)
+class FoldedFit:
+    """One model for each fold, fitted on the other folds, and one fitted on all of them.
+
+    weights (fold + 1, d, c), intercept (fold + 1, c), penalty (fold + 1, c); the last entry is of all folds.
+    """
+
+    weights: NDArray[np.float32]
+    intercept: NDArray[np.float64]
+    penalty: NDArray[np.float64]
+
+
+def fit_folds(problem: RidgeProblem, penalties: Sequence[float], owner: NDArray[np.int64]) -> FoldedFit:
+    """Fit for every held-out fold, choosing the penalty inside the training folds alone.
+
+    Folds are paired with their neighbours. Models trained on neither of a pair say with which penalty each is
+    best predicted, and what the one says serves while the other is held out. The columns of one `owner` (a
+    labelling of the rows) share a penalty; each shuffled copy of the labels chooses its own.
+    """
+    errors = penalty_errors(problem, penalties)
+    total = np.sum(list({id(each): each for row in errors for each in row}.values()), axis=0)
+    sums = [*(np.sum(row, axis=0) for row in errors), total]
+    models, chosen = [], []
+    for number, error in enumerate(sums):
+        best = _best(error, owner)
+        model = _fit(problem, [number] if number < problem.folds else [], penalties, best)
+        models.append(model)
+        chosen.append(np.asarray(penalties, np.float64)[best])
+    return FoldedFit(
+        np.stack([model.weights for model in models]).astype(np.float32),
+        np.stack([model.intercept for model in models]),
+        np.stack(chosen),
+    )
+
+
+def fold_pairs(folds: int) -> list[tuple[int, int]]:
+    """Disjoint neighbours; of an odd number of folds the last goes with the first."""
+    pairs = [(first, first + 1) for first in range(0, folds - 1, 2)]
+    return [*pairs, (folds - 1, 0)] if folds % 2 else pairs
+
+
+def penalty_errors(problem: RidgeProblem, penalties: Sequence[float]) -> list[list[Floats]]:
+    """For each held-out fold what its partners say: squared errors (penalty, c) of models that saw neither."""
+    said: list[list[Floats]] = [[] for _ in range(problem.folds)]
+    for first, second in fold_pairs(problem.folds):
+        path = problem.path([first, second], penalties)
+        said[first].append(path.squared_error(second))
+        said[second].append(path.squared_error(first))
+    return said
+
+
+def _fit(
+    problem: RidgeProblem, held_out: Sequence[int], penalties: Sequence[float], best: NDArray[np.int64]
+) -> Linear:
+    """The chosen models; penalties that no column chose are not fitted."""
+    used, places = np.unique(best, return_inverse=True)
+    return problem.path(held_out, [penalties[number] for number in used]).pick(places)
+
+
+def _best(errors: Floats, owner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each target the number of its labelling's best penalty."""
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    return np.asarray(np.add.reduceat(errors, starts, axis=1).argmin(axis=0)[owner])

@@ -1,0 +1,188 @@
+"""Entropy and masses of every attention row, from q and k, of a store larger than the memory allowed.
+
+Beside it in one run: reading q and k alone, the causal matrix product alone, and the script that people write
+today (torch.load of one file a sample, softmax over the full square, -sum p log p).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mechanistic.store import ArraySchema, GroupSchema, RunWriter
+from mechanistic.store.schema import KIND, sample_columns, token_columns
+
+LAYERS, HEADS, KV_HEADS, WIDTH, TOKENS, IMAGE = 4, 28, 4, 128, 1024, 576
+LIMIT = 1 << 30
+FILES = 6
+
+
+def build(path: Path, samples: int) -> None:
+    """A run of random q and k, float16; the content does not matter to the time."""
+    rules = {
+        str(n): {"mask": "causal", "window": None, "scale": WIDTH**-0.5, "softcap": None}
+        for n in range(LAYERS)
+    }
+    rules = {n: {**rule, "sinks": False} for n, rule in rules.items()}
+    sites = [("q", "head", HEADS), ("k", "kv_head", KV_HEADS)]
+    groups = [GroupSchema("samples", "sample", sample_columns(2))]
+    for name, heads, count in sites:
+        array = ArraySchema(
+            name,
+            ("layer", "token", heads, "d_head"),
+            "float16",
+            {"layer": LAYERS, heads: count, "d_head": WIDTH},
+        )
+        attrs = {
+            "site": name,
+            "stack": "text",
+            "tokens": "all",
+            "attention": rules,
+            "source_dtype": "float16",
+        }
+        coords = {"layer": np.arange(LAYERS, dtype=np.int32), heads: np.arange(count, dtype=np.int32)}
+        groups.append(GroupSchema(f"text/{name}", "token", (array, *token_columns("token")), attrs, coords))
+    attributes = {"model": {"name": "random"}, "dataset": {"name": "random"}, "capture": {"sites": []}}
+    random = np.random.default_rng(0)
+    pool = {
+        name: random.standard_normal((LAYERS, TOKENS, count, WIDTH)).astype("f2") for name, _, count in sites
+    }
+    with RunWriter.create(path, attributes, groups, samples=samples) as writer:
+        for sample in range(samples):
+            table = blank(token_columns("token"), "token", TOKENS)
+            table["sample_index"][:] = sample
+            table["position"][:] = np.arange(TOKENS)
+            table["kind"][:] = np.where(np.arange(TOKENS) < IMAGE, KIND["image"], KIND["text"])
+            table["is_last_prompt"][-1] = True
+            rows = {
+                f"text/{name}": {name: np.roll(pool[name], sample, axis=1), **table} for name, _, _ in sites
+            }
+            writer.append({"samples": blank(sample_columns(2), "sample", 1), **rows}, samples=1)
+        writer.finish()
+
+
+def blank(columns: tuple[ArraySchema, ...], axis: str, rows: int) -> dict[str, np.ndarray]:
+    kind = {"string": object}
+    return {c.name: np.full(c.shape(axis, rows), c.fill_value, kind.get(c.dtype, c.dtype)) for c in columns}
+
+
+def limited() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+
+
+def task(name: str, path: str) -> None:
+    """One measured task, in a process of its own; prints CPU seconds and peak memory as JSON."""
+    import dask
+
+    from mechanistic.analysis import attention_statistics
+    from mechanistic.analysis.attention_entropy import entropy_statistic
+    from mechanistic.analysis.attention_mass import mass_statistic
+    from mechanistic.store import open_run
+
+    dask.config.set(scheduler="threads", num_workers=2)
+    begun = time.process_time()
+    if name == "read":
+        run = open_run(path)
+        dask.compute(run["text/q"]["q"].data.max(), run["text/k"]["k"].data.max())
+    elif name == "ours":
+        attention_statistics(open_run(path), [entropy_statistic(), mass_statistic()]).compute()
+    elif name == "product":
+        causal_product()
+    else:
+        usual_script(Path(path))
+    cpu = time.process_time() - begun
+    print(json.dumps({"cpu": cpu, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def causal_product(block: int = 128) -> None:
+    """q k' of one layer of FILES samples, causal blocks only: the physical limit."""
+    random = np.random.default_rng(0)
+    q = random.standard_normal((KV_HEADS, HEADS // KV_HEADS * TOKENS, WIDTH)).astype("f4")
+    k = random.standard_normal((KV_HEADS, WIDTH, TOKENS)).astype("f4")
+    group = HEADS // KV_HEADS
+    for _ in range(FILES * LAYERS):
+        for start in range(0, TOKENS, block):
+            rows = q[:, start * group : (start + block) * group]
+            np.matmul(rows, k[:, :, : start + block])
+
+
+def usual_script(folder: Path) -> None:
+    import torch
+
+    for sample in range(FILES):
+        data = torch.load(folder / f"{sample}.pt", weights_only=True)
+        for layer in range(LAYERS):
+            q = data["q"][layer].float().transpose(0, 1)
+            k = data["k"][layer].float().transpose(0, 1).repeat_interleave(HEADS // KV_HEADS, 0)
+            scores = q @ k.transpose(1, 2) * WIDTH**-0.5
+            scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), float("-inf"))
+            weights = scores.softmax(-1)
+            entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1)
+            image, text, first = weights[..., :IMAGE].sum(-1), weights[..., IMAGE:].sum(-1), weights[..., 0]
+            assert entropy.shape == image.shape == text.shape == first.shape
+
+
+def measure(name: str, path: Path, *, limit: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--task", name, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited if limit else None)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(gigabytes: float) -> None:
+    import torch
+
+    sample_bytes = LAYERS * TOKENS * (HEADS + KV_HEADS) * WIDTH * 2
+    samples = max(FILES, int(gigabytes * 1e9 / sample_bytes))
+    folder = Path(tempfile.mkdtemp(prefix="bench-attention-"))
+    try:
+        build(folder / "small", max(FILES, samples // 10))
+        build(folder / "run", samples)
+        random = torch.Generator().manual_seed(0)
+        for sample in range(FILES):
+            shapes = {"q": (LAYERS, TOKENS, HEADS, WIDTH), "k": (LAYERS, TOKENS, KV_HEADS, WIDTH)}
+            torch.save(
+                {n: torch.randn(s, generator=random).half() for n, s in shapes.items()},
+                folder / f"{sample}.pt",
+            )
+        read = measure("read", folder / "run", limit=True)
+        ours = measure("ours", folder / "run", limit=True)
+        small = measure("ours", folder / "small", limit=True)
+        product = measure("product", folder, limit=False)
+        usual = measure("usual", folder, limit=False)
+    finally:
+        shutil.rmtree(folder)
+    each = {"ours": ours["cpu"] / samples, "read": read["cpu"] / samples}
+    each |= {"product": product["cpu"] / FILES, "usual": usual["cpu"] / FILES}
+    stored = samples * sample_bytes / 1e9
+    print(f"q and k of {samples} samples x {LAYERS} layers x {TOKENS} tokens: {stored:.1f} GB")
+    print(
+        "entropy and masses of every row, CPU s a sample: "
+        + ", ".join(f"{k} {v:.3f}" for k, v in each.items())
+    )
+    print(f"  the usual script / ours       {each['usual'] / each['ours']:.2f}x   (target 4x)")
+    print(f"  ours / causal product alone   {each['ours'] / each['product']:.2f}x   (target 2.5x)")
+    print(f"  (ours - reading) / product    {(each['ours'] - each['read']) / each['product']:.2f}x")
+    peaks = f"{ours['peak']:.0f} MiB; with a tenth of the store: {small['peak']:.0f} MiB"
+    print(f"  peak memory, limit 1,024 MiB: {peaks}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the store (default: 8)")
+    parser.add_argument("--task", nargs=2, metavar=("NAME", "PATH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        task(*args.task)
+    else:
+        main(args.gigabytes)
