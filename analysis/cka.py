@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import dask.array as da
@@ -14,15 +15,18 @@ from numpy.typing import NDArray
 from mechanistic.store import group
 from mechanistic.store.errors import DataError
 
-from .cka_products import PairSums, alignment, covariance_sums, gram_sums, layer_means
+from .cka_products import alignment, covariance_product, gram_tile, summarize_layer
 from .representation_rows import (
+    BLOCK_ROWS,
     MAX_BYTES,
     Representations,
     RowBlocks,
+    UnreadBlock,
     layer_numbers,
     representation_rows,
     sample_numbers,
 )
+from .splits import row_labels
 
 
 def linear_cka(
@@ -46,8 +50,8 @@ def linear_cka(
     first, second
         Two runs of the same samples, or arrays (layer, row, feature), see `representation_rows`.
     route
-        Products of rows with rows (``"gram"``) or of features with features (``"covariance"``); both stream over
-        blocks and give the same. None takes the cheaper one.
+        Products of rows with rows (``"gram"``) or of features with features (``"covariance"``); both stream
+        over blocks and give the same. None takes the cheaper one.
 
     Returns
     -------
@@ -64,18 +68,22 @@ def linear_cka(
 
     References
     ----------
-    Kornblith et al. (2019), ICML, arXiv:1905.00414. Song et al. (2012), Journal of Machine Learning Research 13,
-    1393, equation 5.
+    Kornblith et al. (2019), ICML, arXiv:1905.00414. Song et al. (2012), Journal of Machine Learning Research
+    13, 1393, equation 5.
     """
     left = representation_rows(first, site=site, tokens=tokens, layer=layer)
     itself = second is None or second is first
-    right = left if itself else representation_rows(second, site=site, tokens=tokens, layer=layer)  # type: ignore[arg-type]
-    _check_rows(left, right)
-    if not itself:
+    right = left
+    if second is not None and not itself:
+        right = representation_rows(second, site=site, tokens=tokens, layer=layer)
         _check_samples(first, second, left, right)
-    sums = _graph(left, right, itself, route or _cheaper(left, right), max_bytes)
-    shape = (left.sizes["layer"], right.sizes["layer"])
-    values = da.from_delayed(delayed(alignment)(sums, debiased, _names(left), _names(right)), shape, np.float64)
+    _check_rows(left, right)
+    layers = _layers(left, max_bytes) + ([] if itself else _layers(right, max_bytes))
+    firsts, seconds = left.shape[0], 0 if itself else right.shape[0]
+    summaries = [layer.summary() for layer in layers]
+    products = _products(layers, summaries, firsts, route or _cheaper(left, right), max_bytes)
+    aligned = delayed(alignment)(products, summaries, firsts, seconds, debiased)
+    values = da.from_delayed(aligned, (left.shape[0], right.shape[0]), np.float64)
     attrs = {"long_name": "linear CKA" + (", debiased" if debiased else ""), "units": "1"}
     coords = {"layer": layer_numbers(left), "other_layer": layer_numbers(right)}
     result = xr.Dataset({"cka": (("layer", "other_layer"), values, attrs)}, coords)
@@ -90,7 +98,7 @@ def _check_rows(left: xr.DataArray, right: xr.DataArray) -> None:
     if left.shape[1] != right.shape[1]:
         raise DataError(
             f"the first has {left.shape[1]} rows, the second {right.shape[1]}: they are not the same.",
-            "Compare runs of the same samples, a token each (tokens='last'); leave out what one of them lacks.",
+            "Compare runs of the same samples, a token each (tokens='last'); leave out what one lacks.",
         )
     if left.shape[1] < 4:
         raise DataError(f"{left.shape[1]} rows are too few.", "CKA needs four at least, better hundreds.")
@@ -101,9 +109,10 @@ def _check_samples(first: Any, second: Any, left: xr.DataArray, right: xr.DataAr
     names = [_sample_ids(data, rows) for data, rows in ((first, left), (second, right))]
     if names[0] is None or names[1] is None:
         names = [
-            sample_numbers(rows).astype(str) if "sample_index" in rows.coords else None for rows in (left, right)
+            sample_numbers(rows).astype(str) if "sample_index" in rows.coords else None
+            for rows in (left, right)
         ]
-    if names[0] is None or names[1] is None:
+    if names[0] is None or names[1] is None or len(names[0]) != len(names[1]):
         return
     differ = np.flatnonzero(names[0] != names[1])
     if differ.size:
@@ -121,11 +130,7 @@ def _sample_ids(data: Any, rows: xr.DataArray) -> NDArray[np.str_] | None:
     samples = group(data, "samples")
     if "sample_id" not in samples.variables:
         return None
-    return np.asarray(samples["sample_id"].values).astype(str)[sample_numbers(rows)]
-
-
-def _names(rows: xr.DataArray) -> list[str]:
-    return [f"layer {number}" for number in layer_numbers(rows)]
+    return row_labels(samples["sample_id"])[sample_numbers(rows)]
 
 
 def _cheaper(left: xr.DataArray, right: xr.DataArray) -> Literal["gram", "covariance"]:
@@ -136,21 +141,58 @@ def _cheaper(left: xr.DataArray, right: xr.DataArray) -> Literal["gram", "covari
     return "gram" if gram <= covariance else "covariance"
 
 
-def _graph(left: xr.DataArray, right: xr.DataArray, itself: bool, route: str, max_bytes: int) -> Any:
-    """Delayed PairSums of all layers with all layers."""
-    count = left.shape[1]
-    widest = left.shape[0] * left.shape[2] + (0 if itself else right.shape[0] * right.shape[2])
-    blocks = [_blocks(left, widest, max_bytes)] + ([] if itself else [_blocks(right, widest, max_bytes)])
-    means = [delayed(layer_means)(part.all_layers(), part.context) for part in blocks]
-    if route == "covariance":
-        return _covariance_tasks(blocks, means)
-    starts = blocks[0].starts
-    total = None
-    for one in range(len(starts) - 1):
-        parts = []
-        for two in range(one, len(starts) - 1):
-            pairs = [(part.of_rows(one), part.of_rows(two) if two > one else None) for part in blocks]
-            parts.append(delayed(gram_sums)(pairs, means, [part.context for part in blocks], (one, two)))
-        total = delayed(PairSums.added)(parts, total)
-    assert count == starts[-1]
-    return total
+def _products(layers: list[_Layer], summaries: list[Any], firsts: int, route: str, max_bytes: int) -> Any:
+    """A lazy or delayed matrix (layer, layer) of |X'Y|^2."""
+    if route == "gram":
+        return _gram_products(layers, summaries, max_bytes)
+    size = len(layers)
+    # Layers of one run are compared with layers of the other, and each with itself, but not with each other.
+    wanted = [
+        (a, b) for a in range(size) for b in range(a, size) if a == b or firsts == size or a < firsts <= b
+    ]
+    table: list[list[Any]] = [[np.nan] * size for _ in range(size)]
+    for a, b in wanted:
+        task = delayed(covariance_product)(
+            layers[a].blocks(), None if a == b else layers[b].blocks(), summaries[a], summaries[b]
+        )
+        table[a][b] = table[b][a] = task
+    return delayed(np.array)(table)
+
+
+def _gram_products(layers: list[_Layer], summaries: list[Any], max_bytes: int) -> Any:
+    """Tiles of rows with rows, as large as all layers' tiles together allow; read layer by layer."""
+    count = layers[0].count
+    tile = int(np.clip(np.sqrt(max_bytes / 2 / (8 * len(layers))), 32, BLOCK_ROWS))
+    starts = [*range(0, count, tile), count]
+    tiles = []
+    for one, (start, stop) in enumerate(pairwise(starts)):
+        firsts = [layer.span(start, stop) for layer in layers]
+        tiles.append(delayed(gram_tile)(firsts, None, summaries))
+        for begin, end in list(pairwise(starts))[one + 1 :]:
+            seconds = [layer.span(begin, end) for layer in layers]
+            tiles.append(delayed(gram_tile)(firsts, seconds, summaries))
+    return delayed(sum)(tiles)
+
+
+class _Layer:
+    """The rows of one layer of one run."""
+
+    def __init__(self, rows: xr.DataArray, blocks: RowBlocks, place: int) -> None:
+        self.count = rows.shape[1]
+        self._number, self._samples = layer_numbers(rows)[place], sample_numbers(rows)
+        self._blocks, self._place = blocks, place
+
+    def blocks(self) -> list[Any]:
+        return self._blocks.of(self._place)
+
+    def span(self, start: int, stop: int) -> Any:
+        """Some rows, read by the task that gets them."""
+        return UnreadBlock(self._blocks.values[self._place : self._place + 1, start:stop])
+
+    def summary(self) -> Any:
+        return delayed(summarize_layer)(self.blocks(), self._blocks.starts, self._samples, self._number)
+
+
+def _layers(rows: xr.DataArray, max_bytes: int) -> list[_Layer]:
+    blocks = RowBlocks(rows.data, max_bytes)
+    return [_Layer(rows, blocks, place) for place in range(rows.shape[0])]

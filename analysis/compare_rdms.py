@@ -14,6 +14,7 @@ from mechanistic.store.errors import DataError, DimensionError
 from .rdm_inference import STATISTICS, Inference, check_options, compare_matrices
 from .rdm_similarity import Method
 from .representation_rows import MAX_BYTES, UnreadBlock
+from .splits import row_labels
 
 _LONG_NAMES = {
     "spearman": "Spearman correlation of dissimilarities",
@@ -110,11 +111,11 @@ def _matrices(rdm: xr.Dataset) -> xr.DataArray:
 
 def _check_conditions(left: xr.DataArray, right: xr.DataArray, max_bytes: int) -> None:
     counts = [array.sizes["condition"] for array in (left, right)]
-    labels = [array["condition"].values if "condition" in array.coords else None for array in (left, right)]
+    labels = [row_labels(each["condition"]) if "condition" in each.coords else None for each in (left, right)]
     if counts[0] != counts[1]:
         raise DataError(f"the matrices have {counts[0]} and {counts[1]} conditions.", _SAME)
     if labels[0] is not None and labels[1] is not None:
-        differ = np.flatnonzero(np.asarray(labels[0]).astype(str) != np.asarray(labels[1]).astype(str))
+        differ = np.flatnonzero(labels[0].astype(str) != labels[1].astype(str))
         if differ.size:
             at = int(differ[0])
             raise DataError(

@@ -145,6 +145,42 @@ def clustered_share_interval(
     return wilson_interval(share, np.clip(effective, count, sizes.sum()), level=level)
 
 
+def clustered_ratio_interval(
+    gains: NDArray[Any], totals: NDArray[Any], clusters: NDArray[Any], *, level: float = 0.95
+) -> tuple[Floats, Floats]:
+    """Student's interval of a ratio of sums r = sum g / sum t whose terms come in clusters, such as R^2.
+
+    The variance is that of the linearised ratio, sum over clusters of (g - r t)^2 / (sum t)^2.
+
+    Parameters
+    ----------
+    gains, totals
+        (..., n), the terms of the two sums.
+    clusters
+        (n,), the label of each term's cluster.
+
+    Returns
+    -------
+    low, high (...), float64, units of the ratio; NaN for fewer than two clusters.
+
+    References
+    ----------
+    Cochran (1977), Sampling Techniques, sections 6.3 and 9A.2.
+    """
+    from scipy.special import stdtrit
+
+    _check(level)
+    parts, _ = _by_cluster(np.asarray(gains, np.float64), clusters)
+    wholes, sizes = _by_cluster(np.asarray(totals, np.float64), clusters)
+    count, whole = len(sizes), wholes.sum(axis=-1)
+    ratio = parts.sum(axis=-1) / whole
+    if count < 2:
+        return np.full_like(ratio, np.nan), np.full_like(ratio, np.nan)
+    squares = ((parts - ratio[..., None] * wholes) ** 2).sum(axis=-1)
+    half = stdtrit(count - 1, 0.5 + level / 2) * np.sqrt(squares * count / (count - 1)) / whole
+    return ratio - half, ratio + half
+
+
 def _by_cluster(values: Floats, clusters: NDArray[Any] | None) -> tuple[Floats, Floats]:
     """Sums (..., cluster) and sizes (cluster)."""
     if clusters is None:

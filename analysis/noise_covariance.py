@@ -12,32 +12,6 @@ from mechanistic.store.errors import DataError, SpecificationError
 Shrinkage = float | Literal["ledoit_wolf"]
 
 
-class GroupSums:
-    """Sums of rows by group, over blocks of rows: `total` (group, feature), `count` (group)."""
-
-    def __init__(self, groups: int, features: int) -> None:
-        self.total = np.zeros((groups, features))
-        self.count = np.zeros(groups, np.int64)
-
-    def add(self, rows: NDArray[Any], code: NDArray[np.int64]) -> None:
-        """Add rows (row, feature), each to its group."""
-        from scipy.sparse import csr_array
-
-        present, first, local = np.unique(code, return_index=True, return_inverse=True)
-        if len(present) == len(code):
-            self.total[present] += rows[first]
-        else:
-            members = (local, np.arange(len(code)))
-            indicator = csr_array((np.ones(len(code)), members), shape=(len(present), len(code)))
-            self.total[present] += indicator @ rows.astype(np.float64)
-        self.count[present] += np.bincount(local, minlength=len(present))
-
-    def means(self) -> NDArray[np.float64]:
-        """(group, feature); the sums are gone afterwards."""
-        self.total /= self.count[:, None]
-        return self.total
-
-
 class Scatter:
     """Sums over rows r less their group's mean: `products` = sum r r', `quartic` = sum |r|^4, `count`."""
 

@@ -31,8 +31,7 @@ def fit_folds(problem: RidgeProblem, penalties: Sequence[float], owner: NDArray[
     labelling of the rows) share a penalty; each shuffled copy of the labels chooses its own.
     """
     errors = penalty_errors(problem, penalties)
-    total = np.sum(list({id(each): each for row in errors for each in row}.values()), axis=0)
-    sums = [*(np.sum(row, axis=0) for row in errors), total]
+    sums = [*errors, np.sum(errors, axis=0)]
     models, chosen = [], []
     for number, error in enumerate(sums):
         best = _best(error, owner)
@@ -52,13 +51,15 @@ def fold_pairs(folds: int) -> list[tuple[int, int]]:
     return [*pairs, (folds - 1, 0)] if folds % 2 else pairs
 
 
-def penalty_errors(problem: RidgeProblem, penalties: Sequence[float]) -> list[list[Floats]]:
+def penalty_errors(problem: RidgeProblem, penalties: Sequence[float]) -> list[Floats]:
     """For each held-out fold what its partners say: squared errors (penalty, c) of models that saw neither."""
-    said: list[list[Floats]] = [[] for _ in range(problem.folds)]
+    said: list[Floats] = [np.zeros((1, 1))] * problem.folds
+    if len(penalties) == 1:
+        return said
     for first, second in fold_pairs(problem.folds):
         path = problem.path([first, second], penalties)
-        said[first].append(path.squared_error(second))
-        said[second].append(path.squared_error(first))
+        said[first] = said[first] + path.squared_error(second)
+        said[second] = said[second] + path.squared_error(first)
     return said
 
 
@@ -72,5 +73,7 @@ def _fit(
 
 def _best(errors: Floats, owner: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each target the number of its labelling's best penalty."""
+    if len(errors) == 1:
+        return np.zeros(len(owner), np.int64)
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     return np.asarray(np.add.reduceat(errors, starts, axis=1).argmin(axis=0)[owner])

@@ -1,7 +1,8 @@
-"""What a probe is trained on and tested with: rows, labels, folds that keep sets whole, shuffled labels."""
+"""What a probe is trained on and tested with: rows, labels, folds that keep sets whole, and control labels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,65 +10,127 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store.errors import DataError, DimensionError, SpecificationError
+from mechanistic.store.errors import DataError, SpecificationError
 from mechanistic.store.schema import STATUS
 
-from .splits import row_labels, split_names
+from .probe_labels import as_names, control_rows, labels_of_rows, number_labels, shuffled_rows
 from .token_selection import token_axis
 
 
 @dataclass(frozen=True)
-class ProbeDesign:
-    """Labels and folds of the rows that a probe uses.
+class RowLabels:
+    """The labelled rows of some data.
 
-    `rows` index the token (or sample) axis; `codes` (row, 1 + repetitions) number the classes, the true
-    labels first and then their shuffled copies; `sets` and `samples` say where a row belongs, `fold` which
-    fold tests it; `excluded` rows had no label; `shuffled` says what was permuted within what.
+    `rows` index the token (or sample) axis; `truth` (row, target) numbers the classes of each target, or holds
+    continuous values; `classes` are the names, empty for a continuous target; `sets` and `samples` say where a
+    row belongs; `excluded` rows had no label or failed.
     """
 
     rows: NDArray[np.int64]
-    classes: list[Any]
-    codes: NDArray[np.int16]
+    targets: tuple[str, ...]
+    classes: tuple[list[Any], ...]
+    truth: NDArray[Any]
     sets: NDArray[np.int64]
     samples: NDArray[np.int64]
+    excluded: int
+
+    @property
+    def continuous(self) -> bool:
+        return not self.classes[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many columns of scores each target takes."""
+        return tuple(max(1, len(names)) for names in self.classes)
+
+
+@dataclass(frozen=True)
+class ProbeDesign(RowLabels):
+    """Labels, folds and controls of the rows that a probe uses.
+
+    `codes` (row, labelling, target): the truth, its shuffled copies, then the copies of the control task;
+    `fold` says which fold tests a row, `shuffled` what was permuted within what.
+    """
+
+    codes: NDArray[Any]
     fold: NDArray[np.int16]
     folds: int
-    excluded: int
     shuffled: str
+    repetitions: int
+
+    @property
+    def owner(self) -> NDArray[np.int64]:
+        """Which labelling and target (numbered through) each column of scores belongs to."""
+        sizes = np.tile(self.sizes, self.codes.shape[1])
+        return np.repeat(np.arange(len(sizes)), sizes)
 
 
-def probe_design(rows: xr.Dataset, target: str, *, folds: int, repetitions: int, seed: int) -> ProbeDesign:
-    """Lay out a probe for the label `target` of the rows of `rows`.
+def row_targets(rows: xr.Dataset, target: str | Sequence[str]) -> RowLabels:
+    """The rows of `rows` that have the label, or all of the labels, `target`.
 
-    Rows without a label ("", unscored, -1) and rows of failed samples are left out and counted. Samples with
-    one `group` label are a set and stay in one fold; a sample without one is a set of its own.
+    Rows without a label ("", unscored, -1, NaN) and rows of failed samples are left out and counted. Samples
+    with one `group` label are a set; a sample without one is a set of its own.
 
     Raises
     ------
     DimensionError      there is no such label.
-    DataError           the label is continuous, has one class, or a class with fewer sets than folds.
-    SpecificationError  fewer than three folds, or no repetitions.
+    DataError           a label has one class only.
+    SpecificationError  categorical and continuous labels together, or none.
     """
-    _check_options(folds, repetitions)
+    names = as_names(target)
     axis, samples = _axis_and_samples(rows)
-    labels, usable = _labels(rows, target, axis)
+    columns = [labels_of_rows(rows, name, axis) for name in names]
+    if len({labels.dtype.kind == "f" for labels, _ in columns}) != 1:
+        raise SpecificationError(
+            f"the targets {', '.join(names) or '()'} are not all classes or all continuous.",
+            "Probe classes and continuous values one after the other.",
+        )
+    usable = np.logical_and.reduce([held for _, held in columns])
     if "status" in rows.variables:
         usable &= np.asarray(rows["status"].values) == STATUS["ok"]
     kept = np.flatnonzero(usable)
-    labels, samples = labels[kept], samples[kept]
-    classes = split_names(rows[target], labels)
-    if len(classes) < 2:
-        raise DataError(
-            f"'{target}' has {f'one class, {classes[0]!r},' if classes else 'none'} in {len(kept)} rows.",
-            "A probe needs two classes: choose another target, or capture more samples.",
-        )
-    number = {name: place for place, name in enumerate(classes)}
-    truth = np.array([number[label] for label in labels.tolist()], np.int64)
-    sets = _sets(rows, kept, samples)
-    fold = _fold_of_row(truth, sets, classes, folds, seed)
-    copies, shuffled = _shuffled(truth, samples, sets, repetitions, seed)
-    codes = np.column_stack([truth, copies]).astype(np.int16)
-    return ProbeDesign(kept, classes, codes, sets, samples, fold, folds, len(usable) - len(kept), shuffled)
+    pairs = [
+        number_labels(rows[name], labels[kept]) for name, (labels, _) in zip(names, columns, strict=True)
+    ]
+    truth = np.column_stack([numbers for numbers, _ in pairs])
+    classes = tuple(held for _, held in pairs)
+    sets = _sets(rows, kept, samples[kept])
+    return RowLabels(kept, names, classes, truth, sets, samples[kept], len(usable) - len(kept))
+
+
+def probe_design(
+    rows: xr.Dataset,
+    target: str | Sequence[str],
+    *,
+    folds: int,
+    repetitions: int,
+    seed: int,
+    control: str | None = None,
+) -> ProbeDesign:
+    """Lay out a probe for the label `target` of the rows of `rows`, see `row_targets`; sets stay in one fold.
+
+    Raises
+    ------
+    DimensionError      there is no such label.
+    DataError           a class in fewer sets than folds, or fewer sets than folds; one class only; no value of
+                        `control` is in two folds.
+    SpecificationError  fewer than three folds, or no repetitions; targets of two kinds.
+    """
+    _check_options(folds, repetitions)
+    held = row_targets(rows, target)
+    fold = _fold_of_row(held, folds, seed)
+    copies, shuffled = shuffled_rows(held.truth, held.samples, held.sets, repetitions, seed)
+    sources = [np.arange(len(held.rows))[:, None], copies]
+    if control is not None:
+        axis, _ = _axis_and_samples(rows)
+        values = labels_of_rows(rows, control, axis)[0][held.rows]
+        sources.append(control_rows(values, fold, control, repetitions, seed))
+    codes = held.truth[np.concatenate(sources, axis=1)]
+    if not held.continuous:
+        codes = codes.astype(np.int16)
+    return ProbeDesign(
+        **vars(held), codes=codes, fold=fold, folds=folds, shuffled=shuffled, repetitions=repetitions
+    )
 
 
 def _check_options(folds: int, repetitions: int) -> None:
@@ -86,24 +149,6 @@ def _axis_and_samples(rows: xr.Dataset) -> tuple[str, NDArray[np.int64]]:
     return "sample", np.arange(rows.sizes["sample"])
 
 
-def _labels(rows: xr.Dataset, target: str, axis: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """The labels, and which rows have one."""
-    if target not in rows.variables or rows[target].dims != (axis,):
-        held = [str(name) for name, coord in rows.coords.items() if coord.dims == (axis,)]
-        raise DimensionError(
-            f"these rows have no label '{target}'; they have {', '.join(held)}.",
-            "The target is a column of samples/ or a label of the tokens: relation, correct, patch_row, ...",
-        )
-    labels = row_labels(rows[target])
-    if labels.dtype.kind == "f":
-        raise DataError(
-            f"'{target}' is continuous; a probe of classes needs categories.",
-            "Cut it into classes, and attach them as a column: rows.assign_coords(...).",
-        )
-    missing = np.isin(labels, ["", "unscored"]) if labels.dtype.kind == "U" else labels == -1
-    return labels, ~missing
-
-
 def _sets(rows: xr.Dataset, kept: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number the sets; a sample without a group label is one by itself."""
     if "group" not in rows.variables:
@@ -113,54 +158,28 @@ def _sets(rows: xr.Dataset, kept: NDArray[np.int64], samples: NDArray[np.int64])
     return np.unique(names, return_inverse=True)[1]
 
 
-def _fold_of_row(
-    truth: NDArray[np.int64], sets: NDArray[np.int64], classes: list[Any], folds: int, seed: int
-) -> NDArray[np.int16]:
-    """Deal sets to folds so that the classes are as even as they can be."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    for code, name in enumerate(classes):
-        held = len(np.unique(sets[truth == code]))
-        if held < folds:
-            raise DataError(
-                f"class {name!r} occurs in {held} sets, but each of {folds} folds must test it.",
-                f"Use folds={max(3, held)}, or capture more samples."
-                if held >= 3
-                else "Capture more samples.",
-            )
-    fold = np.full(len(truth), -1, np.int16)
-    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for number, (_, test) in enumerate(dealer.split(truth[:, None], truth, sets)):
-        fold[test] = number
-    return fold
-
-
-def _shuffled(
-    truth: NDArray[np.int64], samples: NDArray[np.int64], sets: NDArray[np.int64], repetitions: int, seed: int
-) -> tuple[NDArray[np.int64], str]:
-    """Copies of the labels (row, repetition), permuted at the level they vary at, within the level above.
-
-    Labels that differ between the samples of a set are permuted among these; labels of whole sets among all
-    sets; labels that differ between the tokens of a sample among its tokens. What else is alike in a set or a
-    sample thus stays as it is.
-    """
-    if _constant_within(truth, sets):
-        units, blocks, name = sets, np.zeros_like(sets), "sets among all sets"
-    elif _constant_within(truth, samples):
-        units, blocks, name = samples, sets, "samples within their set"
-    else:
-        units, blocks, name = np.arange(len(truth)), samples, "tokens within their sample"
-    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
-    label, block = truth[first], blocks[first]
-    in_order = np.argsort(block, kind="stable")
+def _fold_of_row(held: RowLabels, folds: int, seed: int) -> NDArray[np.int16]:
+    """Deal sets to folds, in turn, sets of one size and with the same classes evenly."""
+    for column, classes in zip(held.truth.T, held.classes, strict=True):
+        for code, name in enumerate(classes):
+            _require_sets(held.sets[column == code], f"class {name!r} occurs in", folds)
+    _require_sets(held.sets, "the rows are of", folds)
     rng = np.random.default_rng(seed)
-    copies = np.empty((len(truth), repetitions), np.int64)
-    for repetition in range(repetitions):
-        permuted = np.empty_like(label)
-        permuted[in_order] = label[np.lexsort((rng.random(len(label)), block))]
-        copies[:, repetition] = permuted[unit]
-    return copies, name
+    names, place = np.unique(held.sets, return_inverse=True)
+    keys = [rng.random(len(names))]
+    for column, classes in zip(held.truth.T, held.classes, strict=True):
+        keys += [np.bincount(place[column == code], minlength=len(names)) for code in range(len(classes))]
+    keys.append(np.bincount(place))
+    fold = np.empty(len(names), np.int16)
+    # Like sets lie side by side, so dealing them out in turn spreads them evenly.
+    fold[np.lexsort(keys)] = np.arange(len(names)) % folds
+    return fold[place]
 
 
-def _constant_within(truth: NDArray[np.int64], blocks: NDArray[np.int64]) -> bool:
-    return len(np.unique(np.column_stack([blocks, truth]), axis=0)) == len(np.unique(blocks))
+def _require_sets(sets: NDArray[np.int64], what: str, folds: int) -> None:
+    count = len(np.unique(sets))
+    if count < folds:
+        raise DataError(
+            f"{what} {count} sets, but each of {folds} folds must test it.",
+            f"Use folds={count}, or capture more samples." if count >= 3 else "Capture more samples.",
+        )

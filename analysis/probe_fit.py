@@ -1,116 +1,152 @@
-"""The numerical side of a probe: blocks (1, row, feature) of a layer in, held-out predictions out."""
+"""The numerical side of a probe: blocks (1, row, unit, feature) of a layer in, held-out predictions out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mechanistic.store.errors import DataError
-
-from .probe_design import ProbeDesign
-from .ridge_folds import FoldedFit, FoldMoments, MomentRidge, RowRidge, fit_folds
+from .logistic_folds import fit_logistic_folds
+from .penalty_choice import FoldedFit, fit_folds
+from .probe_design import ProbeDesign, RowLabels
+from .probe_rows import require_finite
+from .ridge_folds import FoldMoments, MomentRidge, RowRidge
 
 
 @dataclass(frozen=True)
-class ProbeFit:
-    """Probes of one layer: one for each fold, and one of all rows in the units of the features."""
+class LayerFit:
+    """Probes of one layer: for each unit (head, or the residual) one a fold, and one of all rows."""
 
-    fit: FoldedFit
-    classes: int
+    units: Sequence[FoldedFit]
+    sizes: tuple[int, ...]
 
     @property
     def direction(self) -> NDArray[np.float32]:
-        """(class, feature)."""
-        return np.ascontiguousarray(self.fit.weights[-1][:, : self.classes].T)
+        """(unit, class, feature)."""
+        return np.stack([fit.weights[-1][:, : sum(self.sizes)].T for fit in self.units])
 
     @property
     def offset(self) -> NDArray[np.float64]:
-        """(class,)."""
-        return np.asarray(self.fit.intercept[-1][: self.classes])
+        """(unit, class)."""
+        return np.stack([fit.intercept[-1][: sum(self.sizes)] for fit in self.units])
 
     @property
     def strength(self) -> NDArray[np.float64]:
-        """The penalty, a scalar array."""
-        return np.asarray(self.fit.penalty[-1][0])
+        """The penalty (unit, target)."""
+        firsts = np.cumsum([0, *self.sizes[:-1]])
+        return np.stack([fit.penalty[-1][firsts] for fit in self.units])
 
 
 def moments_of_block(
-    block: NDArray[Any], design: ProbeDesign, start: int, layer: int, total: list[FoldMoments] | None
-) -> list[FoldMoments]:
-    """Add the rows of one block to the moments of their folds."""
+    block: NDArray[Any], design: ProbeDesign, start: int, layer: int, total: list[list[FoldMoments]] | None
+) -> list[list[FoldMoments]]:
+    """Add the rows of one block to the moments (unit, fold)."""
     features = block[0]
-    _require_finite(features, design, start, layer)
     rows = slice(start, start + len(features))
+    require_finite(features, design.samples[rows], layer)
     fold, targets = design.fold[rows], _targets(design, rows)
-    parts = [FoldMoments.of(features[fold == k], targets[fold == k]) for k in range(design.folds)]
-    return parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+    of_fold = [fold == number for number in range(design.folds)]
+    own = [targets[rows] for rows in of_fold]
+    parts = [
+        [FoldMoments.of(features[rows, unit], part) for rows, part in zip(of_fold, own, strict=True)]
+        for unit in range(features.shape[1])
+    ]
+    if total is None:
+        return parts
+    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(total, parts, strict=True)]
 
 
-def fit_moments(moments: list[FoldMoments], design: ProbeDesign, penalties: tuple[float, ...]) -> ProbeFit:
-    """Fit one layer from the moments of its folds."""
-    classes = len(design.classes)
-    return ProbeFit(fit_folds(MomentRidge(moments), penalties, classes), classes)
+def fit_moments(
+    moments: list[list[FoldMoments]], design: ProbeDesign, penalties: tuple[float, ...]
+) -> LayerFit:
+    """Fit one layer from the moments of its units and folds."""
+    fits = [fit_folds(MomentRidge(folds), penalties, design.owner) for folds in moments]
+    return LayerFit(fits, design.sizes)
 
 
-def fit_block(block: NDArray[Any], design: ProbeDesign, penalties: tuple[float, ...], layer: int) -> ProbeFit:
+def fit_block(block: NDArray[Any], design: ProbeDesign, penalties: tuple[float, ...], layer: int) -> LayerFit:
     """Fit one layer from all of its rows: from their moments, or row by row where features are more."""
     features = block[0]
-    if features.shape[0] > features.shape[1]:
+    if features.shape[0] > features.shape[2]:
         return fit_moments(moments_of_block(block, design, 0, layer, None), design, penalties)
-    _require_finite(features, design, 0, layer)
-    classes = len(design.classes)
-    problem = RowRidge(features, _targets(design, slice(None)), design.fold, design.folds)
-    return ProbeFit(fit_folds(problem, penalties, classes), classes)
+    require_finite(features, design.samples, layer)
+    targets = _targets(design, slice(None))
+    problems = [RowRidge(unit, targets, design.fold, design.folds) for unit in features.swapaxes(0, 1)]
+    return LayerFit([fit_folds(problem, penalties, design.owner) for problem in problems], design.sizes)
 
 
-def predict_again(block: Any, probe: ProbeFit, design: ProbeDesign, start: int) -> NDArray[np.int16]:
-    """`predict_block` of a dask block that is read here and now, and dropped afterwards."""
-    return predict_block(block.compute(scheduler="synchronous"), probe, design, start)
+def fit_logistic(
+    read: Callable[[], Iterator[tuple[int, NDArray[Any]]]],
+    units: int,
+    design: ProbeDesign,
+    penalties: tuple[float, ...],
+    layer: int,
+) -> LayerFit:
+    """Fit one layer by L-BFGS over blocks (1, row, unit, feature) that `read` gives anew for each pass."""
+    for start, block in read():
+        require_finite(block[0], design.samples[start : start + block.shape[1]], layer)
+
+    def of_unit(unit: int) -> Callable[[], Iterator[tuple[int, NDArray[Any]]]]:
+        return lambda: ((start, block[0, :, unit]) for start, block in read())
+
+    return LayerFit(
+        [fit_logistic_folds(of_unit(unit), design, penalties) for unit in range(units)], design.sizes
+    )
 
 
-def predict_block(block: NDArray[Any], probe: ProbeFit, design: ProbeDesign, start: int) -> NDArray[np.int16]:
-    """The class (row, labelling) with the largest score by the probe that was not trained on the row."""
+def predict_block(block: NDArray[Any], probe: LayerFit, design: ProbeDesign, start: int) -> NDArray[Any]:
+    """What the probe that was not trained on a row says of it (row, unit, labelling, target)."""
     features = block[0]
     fold = design.fold[start : start + len(features)]
-    predicted = np.empty((len(features), design.codes.shape[1]), np.int16)
+    predicted = np.empty((*features.shape[:2], *design.codes.shape[1:]), prediction_dtype(design))
     for number in range(design.folds):
-        rows = fold == number
-        scores = features[rows].astype(np.float32) @ probe.fit.weights[number] + probe.fit.intercept[number]
-        predicted[rows] = scores.reshape(len(scores), predicted.shape[1], probe.classes).argmax(axis=-1)
+        rows = np.flatnonzero(fold == number)
+        for unit, fit in enumerate(probe.units):
+            scores = features[rows, unit].astype(np.float32, copy=False) @ fit.weights[number]
+            # In float64: a score in the units of a continuous target may be far from its intercept.
+            predicted[rows, unit] = best_scores(scores + fit.intercept[number], design)
     return predicted
 
 
-def fit_estimator(block: NDArray[Any], design: ProbeDesign, estimator: Any, layer: int) -> NDArray[np.int16]:
-    """Held-out classes (row, labelling) from clones of a scikit-learn classifier."""
+def best_scores(scores: NDArray[Any], labels: RowLabels) -> NDArray[Any]:
+    """From scores (row, labellings * columns) the class of each target, or its value (row, labelling, target)."""
+    columns = sum(labels.sizes)
+    scores = scores.reshape(len(scores), scores.shape[1] // columns, columns)
+    if labels.continuous:
+        return scores
+    edges = np.cumsum([0, *labels.sizes])
+    parts = [scores[..., a:b].argmax(axis=-1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return np.stack(parts, axis=-1)
+
+
+def prediction_dtype(labels: RowLabels) -> Any:
+    return np.float32 if labels.continuous else np.int16
+
+
+def fit_estimator(block: NDArray[Any], design: ProbeDesign, estimator: Any, layer: int) -> NDArray[Any]:
+    """Held-out predictions (row, unit, labelling, target) from clones of a scikit-learn estimator."""
     from sklearn.base import clone
 
     features = block[0]
-    _require_finite(features, design, 0, layer)
-    predicted = np.empty(design.codes.shape, np.int16)
+    require_finite(features, design.samples, layer)
+    predicted = np.empty((*features.shape[:2], *design.codes.shape[1:]), prediction_dtype(design))
     for number in range(design.folds):
         test = design.fold == number
-        for labelling, codes in enumerate(design.codes.T):
-            fitted = clone(estimator).fit(features[~test], codes[~test])
-            predicted[test, labelling] = fitted.predict(features[test])
+        for unit, labelling, target in np.ndindex(*predicted.shape[1:]):
+            codes = design.codes[:, labelling, target]
+            fitted = clone(estimator).fit(features[~test, unit], codes[~test])
+            predicted[test, unit, labelling, target] = fitted.predict(features[test, unit])
     return predicted
 
 
-def _targets(design: ProbeDesign, rows: slice) -> NDArray[np.float32]:
-    """One column a labelling and class (row, labellings * classes): 1 where the class applies, else -1."""
+def _targets(design: ProbeDesign, rows: slice) -> NDArray[Any]:
+    """One column a labelling, target and class: 1 where the class applies, else -1; or continuous values."""
     codes = design.codes[rows]
-    signs = np.eye(len(design.classes), dtype=np.float32) * 2 - 1
-    return signs[codes].reshape(len(codes), -1)
-
-
-def _require_finite(features: NDArray[Any], design: ProbeDesign, start: int, layer: int) -> None:
-    bad = ~np.isfinite(features).all(axis=-1)
-    if bad.any():
-        samples = np.unique(design.samples[start : start + len(features)][bad])
-        named = ", ".join(map(str, samples[:5].tolist())) + (", ..." if len(samples) > 5 else "")
-        raise DataError(
-            f"layer {layer} holds NaN or infinity in {bad.sum()} rows, of sample {named}.",
-            "Capture these samples again (half precision overflows at 65504), or leave them out.",
-        )
+    if design.continuous:
+        return codes.reshape(len(codes), -1)
+    signs = [np.eye(size, dtype=np.float32) * 2 - 1 for size in design.sizes]
+    parts = [sign[codes[..., target]] for target, sign in enumerate(signs)]
+    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)

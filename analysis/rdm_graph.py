@@ -11,7 +11,8 @@ import numpy as np
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
-from .noise_covariance import GroupSums, Scatter, Shrinkage, shrunk_covariance, whitener
+from .group_means import group_means
+from .noise_covariance import Scatter, Shrinkage, shrunk_covariance, whitener
 from .rdm_kernels import Patterns, correlation_block, correlation_patterns, distance_block, distance_patterns
 from .representation_rows import BLOCK_ROWS, RowBlocks, finite_rows, open_block
 
@@ -85,38 +86,22 @@ def _layer(blocks: RowBlocks, plan: RdmPlan, shared: Any, place: int, dtype: Any
     return da.block(grid)
 
 
-def _rows(block: Any, start: int, plan: RdmPlan, place: int) -> tuple[NDArray[Any], slice]:
-    opened = open_block(block)
-    span = slice(start, start + opened.shape[1])
-    return finite_rows(opened, plan.samples[span], plan.layers[place]), span
-
-
 def _means(blocks: list[Any], starts: list[int], plan: RdmPlan, place: int, dtype: Any) -> NDArray[Any]:
     """Means (partition, condition, feature) of one layer."""
-    sums: GroupSums | None = None
-    for start, block in zip(starts, blocks, strict=False):
-        rows, span = _rows(block, start, plan, place)
-        sums = sums or GroupSums(plan.parts * plan.count, rows.shape[1])
-        sums.add(rows, plan.partition[span] * plan.count + plan.code[span])
-    assert sums is not None
-    return sums.means().astype(dtype).reshape(plan.parts, plan.count, -1)
+    cell, cells = plan.partition * plan.count + plan.code, plan.parts * plan.count
+    means = group_means(blocks, starts, plan.samples, plan.layers[place], cell, cells)
+    return means.astype(dtype).reshape(plan.parts, plan.count, -1)
 
 
 def _whitener(blocks: list[Any], starts: list[int], plan: RdmPlan, place: int, dtype: Any) -> NDArray[Any]:
     """The whitener (feature, feature) of one layer, in two passes over its rows."""
     assert plan.noise is not None
     groups = int(plan.noise.max()) + 1
-    sums: GroupSums | None = None
-    for start, block in zip(starts, blocks, strict=False):
-        rows, span = _rows(block, start, plan, place)
-        sums = sums or GroupSums(groups, rows.shape[1])
-        sums.add(rows, plan.noise[span])
-    assert sums is not None
-    means = sums.means().astype(dtype)
+    means = group_means(blocks, starts, plan.samples, plan.layers[place], plan.noise, groups).astype(dtype)
     scatter = Scatter(means.shape[1])
     for start, block in zip(starts, blocks, strict=False):
-        rows, span = _rows(block, start, plan, place)
-        scatter.add(rows, plan.noise[span], means)
+        rows = finite_rows(block, plan.samples[start:], plan.layers[place])
+        scatter.add(rows, plan.noise[start : start + len(rows)], means)
     covariance = shrunk_covariance(scatter, groups=groups, shrinkage=plan.shrinkage)
     return whitener(covariance, plan.layers[place]).astype(dtype)
 
@@ -144,10 +129,11 @@ def _patterns(
     place: int,
 ) -> Patterns:
     """Of some means (partition, condition, feature), or of a block of rows that are conditions themselves."""
-    values = source if plan.averaged else _rows(source, start, plan, place)[0][None]
+    number = plan.layers[place]
+    values = source if plan.averaged else finite_rows(source, plan.samples[start:], number)[None]
     if plan.metric == "correlation":
         names = plan.names[start : start + values.shape[1]]
-        return correlation_patterns(values[0], plan.layers[place], names)
+        return correlation_patterns(values[0], number, names)
     return distance_patterns(values, shift, whiten)
 
 

@@ -21,6 +21,7 @@ from .token_selection import select_layers, select_tokens
 MAX_BYTES = 256 << 20
 BLOCK_ROWS = 2048
 BLOCK_BYTES = 64 << 20
+MIN_BLOCK_ROWS = 64
 
 Representations = xr.DataTree | xr.Dataset | xr.DataArray
 
@@ -129,7 +130,7 @@ class RowBlocks:
 
     def __init__(self, values: Any, max_bytes: int) -> None:
         count, width = values.shape[1:]
-        size = int(np.clip(BLOCK_BYTES // (4 * max(1, width)), 64, BLOCK_ROWS))
+        size = int(np.clip(BLOCK_BYTES // (4 * max(1, width)), MIN_BLOCK_ROWS, BLOCK_ROWS))
         self.values = da.asarray(values).rechunk({0: 1, 1: min(size, max(1, count)), 2: -1})
         self.starts = [0, *np.cumsum(self.values.chunks[1]).tolist()]
         self.held = 4 * count * width <= max_bytes

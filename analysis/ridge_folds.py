@@ -63,8 +63,7 @@ class FoldMoments:
         count = self.count + other.count
         share = self.count * other.count / count
         x, y = other.feature_mean - self.feature_mean, other.target_mean - self.target_mean
-        features = self.features + other.features
-        features += _outer(x, share)
+        features = _add_outer(self.features + other.features, x, share)
         return FoldMoments(
             count,
             self.feature_mean + x * (other.count / count),
@@ -77,7 +76,7 @@ class FoldMoments:
     def about(self, feature_centre: Floats, target_centre: Floats) -> FoldSums:
         """The products about a common centre, which can be added and taken away as they are."""
         x, y = self.feature_mean - feature_centre, self.target_mean - target_centre
-        features = self.features + _outer(x, self.count)
+        features = _add_outer(self.features.copy(), x, self.count)
         cross = self.cross + np.outer(x * self.count, y)
         return FoldSums(
             self.count, x * self.count, y * self.count, features, cross, self.targets + y**2 * self.count
@@ -94,16 +93,6 @@ class FoldSums:
     features: Floats
     cross: Floats
     targets: Floats
-
-    def __sub__(self, other: FoldSums) -> FoldSums:
-        return FoldSums(
-            self.count - other.count,
-            self.feature_sum - other.feature_sum,
-            self.target_sum - other.target_sum,
-            self.features - other.features,
-            self.cross - other.cross,
-            self.targets - other.targets,
-        )
 
 
 @dataclass(frozen=True)
@@ -148,30 +137,46 @@ class MomentRidge:
         return len(self.moments)
 
     @cached_property
-    def total(self) -> FoldMoments:
-        return reduce(FoldMoments.__add__, self.moments)
+    def centre(self) -> tuple[Floats, Floats]:
+        """Means of the features and targets over all rows."""
+        count = sum(fold.count for fold in self.moments)
+        features = np.sum([fold.feature_mean * (fold.count / count) for fold in self.moments], axis=0)
+        targets = np.sum([fold.target_mean * (fold.count / count) for fold in self.moments], axis=0)
+        return features, targets
 
     @cached_property
     def parts(self) -> list[FoldSums]:
-        return [fold.about(self.total.feature_mean, self.total.target_mean) for fold in self.moments]
+        return [fold.about(*self.centre) for fold in self.moments]
+
+    @cached_property
+    def products(self) -> Floats:
+        """X'X of all rows about their mean."""
+        return np.asarray(reduce(np.add, [part.features for part in self.parts]))
+
+    @cached_property
+    def scratch(self) -> tuple[Floats, Floats]:
+        # New memory costs more than the arithmetic done in it; a layer is fitted by one thread.
+        return np.empty_like(self.products), np.empty_like(self.products)
 
     def path(self, held_out: Sequence[int], penalties: Sequence[float]) -> MomentPath:
         """Penalties are on standardised features: (X'X + n a diag(s^2)) w = X'y in the units of X."""
-        centre = np.zeros_like(self.total.feature_mean), np.zeros_like(self.total.target_mean)
-        whole = FoldSums(
-            self.total.count, *centre, self.total.features, self.total.cross, self.total.targets
-        )
-        train = reduce(FoldSums.__sub__, [self.parts[fold] for fold in held_out], whole)
-        mean, target_mean = train.feature_sum / train.count, train.target_sum / train.count
-        # Without a fold held out the products are the total's own, which later paths still need.
-        gram = train.features - _outer(mean, train.count)
-        cross = train.cross - np.outer(mean, train.target_sum)
+        train = [part for fold, part in enumerate(self.parts) if fold not in held_out]
+        count = sum(part.count for part in train)
+        mean = np.sum([part.feature_sum for part in train], axis=0) / count
+        target_mean = np.sum([part.target_sum for part in train], axis=0) / count
+        gram, spare = self.scratch
+        np.copyto(gram, self.products)
+        for fold in held_out:
+            gram -= self.parts[fold].features
+        _add_outer(gram, mean, -count)
+        cross = np.sum([part.cross for part in train], axis=0) - np.outer(mean * count, target_mean)
         squares = np.diag(gram).astype(np.float64)
-        # Rounding leaves a constant feature a trace of variance; its weight must be exactly 0.
-        constant = squares <= 1e-12 * (np.abs(squares).max() + train.count * self.total.feature_mean**2)
-        squares[constant] = train.count
-        cross[constant] = 0
-        weights = np.stack(list(_solve_path(gram, cross, squares, penalties)))
+        # Taking folds away leaves a constant feature a trace of variance; its weight must be exactly 0.
+        constant = squares <= 1e-6 * np.diag(self.products)
+        if constant.any():
+            squares[constant] = count
+            cross[constant] = gram[constant] = gram[:, constant] = 0
+        weights = np.stack(list(_solve_path(gram, cross, squares, penalties, spare)))
         return MomentPath(self, weights, target_mean - np.einsum("d,pdc->pc", mean, weights))
 
 
@@ -196,10 +201,9 @@ class MomentPath:
         )
 
     def pick(self, best: NDArray[np.int64]) -> Linear:
-        columns, total = np.arange(len(best)), self.problem.total
+        columns, (feature_mean, target_mean) = np.arange(len(best)), self.problem.centre
         weights = self.weights[best, :, columns].T
-        centred = self.intercept[best, columns] + total.target_mean
-        return Linear(weights, centred - total.feature_mean @ weights)
+        return Linear(weights, self.intercept[best, columns] + target_mean - feature_mean @ weights)
 
 
 @dataclass(frozen=True)
@@ -247,18 +251,21 @@ class RowPath:
 
 
 def _solve_path(
-    gram: Floats, right: Floats, ridge: Floats, penalties: Sequence[float]
+    gram: Floats, right: Floats, ridge: Floats, penalties: Sequence[float], spare: Floats | None = None
 ) -> Iterator[NDArray[np.float32]]:
     """Solve (gram + penalty diag(ridge)) w = right; in float64 where the penalty is too small for float32."""
     from scipy.linalg import lapack
 
     trace = float((np.diag(gram) / ridge).sum())
+    rights = {
+        single: np.asarray(right, np.float32 if single else np.float64, order="F") for single in (False, True)
+    }
     for penalty in penalties:
         single = penalty > SINGLE_PRECISION * trace
-        dtype: Any = np.float32 if single else np.float64
         factorise, solve = (lapack.spotrf, lapack.spotrs) if single else (lapack.dpotrf, lapack.dpotrs)
-        shifted = np.array(gram, dtype)
-        shifted.flat[:: len(shifted) + 1] += penalty * ridge
+        shifted = spare if single and spare is not None else np.empty(gram.shape, rights[single].dtype)
+        np.copyto(shifted, gram)
+        shifted.flat[:: len(shifted) + 1] += (penalty * ridge).astype(shifted.dtype)
         # The transposed view is in the order that LAPACK works in: nothing is copied.
         factor, failed = factorise(shifted.T, lower=1, overwrite_a=1, clean=0)
         if failed:
@@ -266,12 +273,17 @@ def _solve_path(
                 f"the features are too nearly dependent for the penalty {penalty:g}.",
                 "Use larger penalties, such as penalties=(0.1, 1.0, 10.0).",
             )
-        yield solve(factor, np.asarray(right, dtype, order="F"), lower=1)[0].astype(np.float32)
+        yield solve(factor, rights[single], lower=1)[0].astype(np.float32)
 
 
-def _outer(vector: Floats, factor: float) -> NDArray[np.float32]:
+def _add_outer(matrix: Floats, vector: Floats, factor: float) -> Floats:
+    """Add factor * vector vector' to a symmetric matrix, in place."""
+    from scipy.linalg.blas import sger
+
     single = vector.astype(np.float32)
-    return np.outer(single * np.float32(factor), single)
+    # The transposed view is in the order that BLAS works in: it is changed, not copied.
+    sger(factor, single, single, a=matrix.T, overwrite_x=0, overwrite_y=0, overwrite_a=1)
+    return matrix
 
 
 def _scale(variance: Floats) -> Floats:

@@ -6,12 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .activation_cache import ActivationCache
+    from .attention_cache import AttentionCache
+    from .cross_attention import extract_cross_attention
     from .dataset import Dataset, Sample
     from .job import CaptureSummary, capture_run, price_run
     from .models import LoadedModel, load_model
     from .shapes import Shapes
 
 _HOMES = {
+    "ActivationCache": "activation_cache",
+    "AttentionCache": "attention_cache",
+    "extract_cross_attention": "cross_attention",
     "Dataset": "dataset",
     "Sample": "dataset",
     "CaptureSummary": "job",
@@ -23,12 +29,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationCache",
+    "AttentionCache",
     "CaptureSummary",
     "Dataset",
     "LoadedModel",
     "Sample",
     "Shapes",
     "capture_run",
+    "extract_cross_attention",
     "load_model",
     "price_run",
 ]

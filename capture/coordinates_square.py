@@ -1,4 +1,4 @@
-"""Families whose encoder sees each image as one picture of a fixed size: LLaVA, Gemma 3, PaliGemma, CLIP, ViT.
+"""Families whose encoder sees an image as one picture of a fixed size: LLaVA, Gemma 3, PaliGemma, CLIP, ViT.
 
 What differs is how many tokens stand before the patches, and what the decoder gets of them.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from mechanistic.store.errors import ModelError
 
 from .patches import NO_PATCHES, Geometry, ImageLayout, Patches, square_grid
+
 
 def resized_and_cropped(processor: Any, width: int, height: int) -> tuple[Geometry, int, int]:
     """The geometry of a processor that pads to a square, resizes, then crops the centre, each where it does.

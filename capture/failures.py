@@ -97,7 +97,8 @@ def failed_samples(run: str | Path) -> list[FailedSample]:
     for part in read_parts(run, count):
         if part.manifest is not None:
             found += [
-                FailedSample(each.row + before, each.sample_id, each.error) for each in _failed(Path(part.path))
+                FailedSample(each.row + before, each.sample_id, each.error)
+                for each in _failed(Path(part.path))
             ]
             before += part.manifest.samples
     return found

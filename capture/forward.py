@@ -95,14 +95,16 @@ class Collector:
         return self.arrays
 
 
-def rows_of(site: ResolvedSite, batch: Batch) -> tuple[Tensor, Tensor]:
+def rows_of(site: ResolvedSite, batch: Batch) -> Where:
     """Where the wanted tokens of a site are in the tensors of this batch, in the order of the run."""
-    if site.stack.name != "vision":
-        chosen = [np.flatnonzero(select(columns, site.spec.tokens)) for columns in batch.decoder]
-        sample = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
-        return torch.from_numpy(sample), torch.from_numpy(np.concatenate(chosen))
-    chosen = [select(columns, site.spec.tokens) for columns in batch.encoder]
-    return (torch.from_numpy(np.flatnonzero(np.concatenate(chosen))),)
+    encoder = site.stack.name == "vision"
+    tables = batch.encoder if encoder else batch.decoder
+    wanted = [select(columns, site.spec.tokens) for columns in tables]
+    if encoder:
+        return (torch.from_numpy(np.flatnonzero(np.concatenate(wanted))),)
+    position = [np.flatnonzero(each) for each in wanted]
+    sample = np.repeat(np.arange(len(position)), [len(rows) for rows in position])
+    return torch.from_numpy(sample), torch.from_numpy(np.concatenate(position))
 
 
 def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
@@ -116,11 +118,8 @@ def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
             f"Say how to store it: {site.spec.to_string()}:float32.",
         )
     stored = rows.to(getattr(torch, site.dtype))
-    if (
-        site.dtype == "float16"
-        and rows.dtype != torch.float16
-        and not bool((torch.isfinite(stored) | ~torch.isfinite(rows)).all())
-    ):
+    cast = site.dtype == "float16" and rows.dtype != torch.float16
+    if cast and not bool(torch.isfinite(stored).all()):
         raise CaptureError(
             f"{site.stack.name}.{layer}.{site.spec.site} has values up to {float(rows.abs().max()):.3g}, "
             "which float16 cannot hold.",
@@ -138,8 +137,8 @@ def capture_forward(
 ) -> tuple[dict[str, dict[str, Array]], NDArray[np.float32] | None]:
     """One forward over prompt and answer.
 
-    Returns the arrays of every site by group and name, (layer, row, ...), and the logits at each sample's last prompt
-    token, (sample, vocabulary), where the model has any.
+    Returns the arrays of every site by group and name, (layer, row, ...), and the logits at each sample's
+    last prompt token, (sample, vocabulary), where the model has any.
 
     Raises
     ------
@@ -211,6 +210,19 @@ class AttentionWatch:
 
 def last_prompt_logits(model: Any, batch: Batch) -> NDArray[np.float32] | None:
     """Run the forward; logits of the last prompt token of each sample, None for a model without any."""
+    output, rows = run_forward(model, batch)
+    logits: Tensor | None = getattr(output, "logits", None)
+    # Of an image classifier they are not words.
+    if logits is None or "input_ids" not in batch.inputs:
+        return None
+    places = torch.from_numpy(rows).to(logits.device)
+    chosen = logits[torch.arange(len(places), device=logits.device), places]
+    result: NDArray[np.float32] = chosen.float().cpu().numpy()
+    return result
+
+
+def run_forward(model: Any, batch: Batch) -> tuple[Any, NDArray[np.int64]]:
+    """What the model returns, and where in its logits the last prompt token of each sample is."""
     wanted, row_in_kept = np.unique(batch.last_prompt, return_inverse=True)
     arguments: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     keep = takes(model, "logits_to_keep")
@@ -219,13 +231,7 @@ def last_prompt_logits(model: Any, batch: Batch) -> NDArray[np.float32] | None:
         arguments["logits_to_keep"] = torch.from_numpy(wanted).to(model.device)
     with torch.no_grad():
         output = model(**to_device(batch.inputs, model), **arguments)
-    logits: Tensor | None = getattr(output, "logits", None)
-    if logits is None:
-        return None
-    places = torch.from_numpy(row_in_kept if keep else batch.last_prompt).to(logits.device)
-    chosen = logits[torch.arange(len(places), device=logits.device), places]
-    result: NDArray[np.float32] = chosen.float().cpu().numpy()
-    return result
+    return output, row_in_kept if keep else batch.last_prompt
 
 
 def takes(model: nn.Module, argument: str) -> bool:

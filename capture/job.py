@@ -9,54 +9,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import zarr
-
 from mechanistic.store import RunWriter, read_manifest
-from mechanistic.store.errors import OutputExistsError, SpecificationError
-from mechanistic.store.schema import CORRECT
-from mechanistic.store.writer import differences
 
-from .answers import option_logits, option_tokens, score
-from .batch import Batch, prepare_batch
+from .batch_job import Job
 from .dataset import Dataset
-from .forward import capture_forward, site_rows
+from .failures import failed_samples
+from .interruption import Interruption
 from .models import LoadedModel, load_model
-from .price import Price, check_price, price
+from .outputs import holds_something, is_finished
+from .parts import PartOf
+from .price import Price, check_price
 from .progress import Progress, human_bytes, human_seconds
-from .prompts import build_prompt
-from .proof import prove
-from .readout import build_readout
-from .row_sites import PatternStarts
-from .run_description import CaptureSettings, dataset_attributes, run_attributes, run_groups
-from .sites import resolve_sites
+from .run_description import CaptureSettings
 from .specification import parse_sites
-from .survey import answer_words, survey
-from .tables import Rows, image_rows, sample_rows
-from .token_table import TokenTexts, joined
-
-COMMIT_SECONDS = 60.0
-PRICE_PROBES = 4
 
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What a job did: `captured` of the run's `samples` in this call."""
+    """What a job did: `captured` of the run's `samples` in this call; `failed` of them have no tokens."""
 
     path: Path
     samples: int
     captured: int
     seconds: float
     stored_bytes: int
+    failed: int = 0
 
     def message(self) -> str:
         """What to tell the person who started it."""
         held = f"{self.path}: {self.samples} samples, {human_bytes(self.stored_bytes)}"
+        failed = ""
+        if self.failed:
+            failed = f"; {self.failed} failed, which --retry-failed tries again"
         if not self.captured:
-            return f"{held}; already finished, nothing to do"
+            return f"{held}; already finished, nothing to do{failed}"
         before = self.samples - self.captured
         continued = f", continued after {before}" if before else ""
-        return f"{held}; captured {self.captured} in {human_seconds(self.seconds)}{continued}"
+        return f"{held}; captured {self.captured} in {human_seconds(self.seconds)}{continued}{failed}"
 
 
 def capture_run(
@@ -69,11 +58,17 @@ def capture_run(
     max_new_tokens: int = 8,
     images: bool = True,
     seed: int = 0,
+    part: tuple[int, int] | None = None,
+    fail_fast: bool = False,
+    retry_failed: bool = False,
     yes: bool = False,
     quiet: bool = False,
+    log_json: bool = False,
     **loading: Any,
 ) -> CaptureSummary:
     """Capture a dataset into a run; an unfinished run of the same job is continued, a finished one kept.
+
+    A sample that cannot be captured keeps its row, with status `failed` and the reason, and the job goes on.
 
     Parameters
     ----------
@@ -85,33 +80,83 @@ def capture_run(
         Whether the encoded images go into the run.
     seed
         Recorded with the job. Answers are greedy, so no result depends on it.
+    part
+        (index from 0, number of parts): only this slice of the dataset, as one part of the run at `path`.
+    fail_fast
+        Raise the error of the first sample that fails.
+    retry_failed
+        Try the failed samples of a run again, and append those that succeed.
     yes
         Go on where the estimate exceeds 100 GB.
+    log_json
+        Progress as a JSON object a line, for machines.
 
     Raises
     ------
-    OutputExistsError     `path` holds something else than this job's run.
+    OutputExistsError     `path` holds something else than this job's run, or another process is writing it.
     SpecificationError    a site does not parse, or the model does not have it.
     ModelError            the model cannot be loaded or cannot be captured.
-    DatasetError          a sample or an image is broken; the batches before it are committed.
+    DatasetError          the dataset is broken; ImageError with `fail_fast`, the windows before are committed.
     CaptureError          what the model computes is not what was proven.
     DiskFullError         the job does not fit, or did not.
     """
     begun = time.monotonic()
-    path = Path(path)
     settings = CaptureSettings(parse_sites(sites), batch_size, max_new_tokens, images, seed)
-    if is_finished(path, model, dataset, settings):
-        manifest = read_manifest(path)
-        return CaptureSummary(path, manifest.samples, 0, time.monotonic() - begun, manifest.stored_bytes)
+    own = PartOf(*part) if part else None
+    held, finished = _find(Path(path), model, dataset, settings, own)
+    if finished and not (retry_failed and failed_samples(held)):
+        return _summary(held, 0, begun)
     loaded = load_model(model, **loading) if isinstance(model, str) else model
-    job = Job(loaded, dataset, path, settings)
-    if not holds_something(path):
+    # A merged run of the same job is no longer in parts.
+    job = Job(loaded, dataset, Path(path), settings, own if held != Path(path) else None)
+    if not holds_something(held):
         check_price(job.price(), yes=yes)
+    before = read_manifest(held).samples if finished else None
+    with Interruption() as interruption:
+        if not finished:
+            before = _capture(job, interruption, fail_fast=fail_fast, quiet=quiet, log_json=log_json)
+        failed = failed_samples(held) if retry_failed else []
+        if failed:
+            names = [each.sample_id for each in failed]
+            with job.open() as writer, _progress(writer, len(names), 0, quiet, log_json) as progress:
+                job.retry(writer, names, progress, interruption)
+    return _summary(held, read_manifest(held).samples - (before or 0), begun)
+
+
+def _capture(job: Job, interruption: Interruption, *, fail_fast: bool, quiet: bool, log_json: bool) -> int:
     with job.open() as writer:
-        already = writer.samples
-        job.run(writer, quiet=quiet)
+        before = writer.samples
+        with _progress(writer, writer.manifest.expected, before, quiet, log_json) as progress:
+            job.run(writer, progress, interruption, fail_fast=fail_fast)
+    return before
+
+
+@contextmanager
+def _progress(writer: RunWriter, total: int, done: int, quiet: bool, log_json: bool) -> Iterator[Progress]:
+    progress = Progress(total, done, quiet=quiet, log_json=log_json)
+    try:
+        yield progress
+    finally:
+        progress.close(writer.bytes_written)
+
+
+def _find(
+    path: Path, model: str | LoadedModel, dataset: Dataset, settings: CaptureSettings, part: PartOf | None
+) -> tuple[Path, bool]:
+    """Where the job writes, and whether it has nothing left to do there."""
+    capture = settings.to_dict()
+    # Once merged, a run in parts is a plain one, which holds every part.
+    if part is None or (path / "manifest.json").is_file():
+        return path, is_finished(path, model, dataset, capture)
+    own = part.path(path)
+    return own, is_finished(own, model, dataset, {**capture, "part": part.attributes(len(dataset))})
+
+
+def _summary(path: Path, captured: int, begun: float) -> CaptureSummary:
+    manifest = read_manifest(path)
+    failed = len(failed_samples(path))
     seconds = time.monotonic() - begun
-    return CaptureSummary(path, writer.samples, writer.samples - already, seconds, writer.bytes_written)
+    return CaptureSummary(path, manifest.samples, captured, seconds, manifest.stored_bytes, failed)
 
 
 def price_run(
@@ -128,159 +173,3 @@ def price_run(
     settings = CaptureSettings(parse_sites(sites), max_new_tokens=max_new_tokens, images=images)
     loaded = load_model(model, **loading) if isinstance(model, str) else model
     return Job(loaded, dataset, Path(path), settings).price()
-
-
-def is_finished(path: Path, model: str | LoadedModel, dataset: Dataset, settings: CaptureSettings) -> bool:
-    """Whether `path` holds this very job's finished run.
-
-    OutputExistsError if it holds something else that is finished, or no run.
-
-    An unfinished run is left for the writer to judge, which also compares what only a loaded model can tell.
-    """
-    if not holds_something(path):
-        return False
-    if not path.is_dir() or not (path / "manifest.json").is_file():
-        raise OutputExistsError(
-            f"{path} exists and is not a run.", "Choose another output folder; nothing there was touched."
-        )
-    if not read_manifest(path).complete:
-        return False
-    stored = dict(zarr.open_group(str(path), mode="r").attrs)
-    known = {"name": model if isinstance(model, str) else model.name}
-    wanted = {"capture": settings.to_dict()}
-    different = differences(stored, wanted)
-    for key, values in (("model", known), ("dataset", dataset_attributes(dataset))):
-        held: Any = stored.get(key, {})
-        different += [
-            f"{key}.{name} is {held.get(name)!r}, not {value!r}"
-            for name, value in values.items()
-            if held.get(name) != value
-        ]
-    if different:
-        raise OutputExistsError(
-            f"{path} is a finished run of another job: {'; '.join(different)}.",
-            "Choose another output folder; nothing there was touched.",
-        )
-    return True
-
-
-def holds_something(path: Path) -> bool:
-    """Whether a path exists and is not just an empty folder."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
-
-
-class Job:
-    """One job's parts, each made once."""
-
-    def __init__(self, loaded: LoadedModel, dataset: Dataset, path: Path, settings: CaptureSettings) -> None:
-        self.loaded = loaded
-        self.dataset = dataset
-        self.path = path
-        self.settings = settings
-        self.sites = resolve_sites(settings.sites, loaded.anatomy, loaded.dtype)
-        self.survey = survey(dataset)
-        if not self.survey.has_images and any(site.stack.name == "vision" for site in self.sites):
-            raise SpecificationError(
-                f"Vision sites were asked for, and no sample of {dataset.name} has an image.",
-                "Ask for text sites only, or for a dataset with images.",
-            )
-        self.texts = TokenTexts(loaded.tokenizer)
-
-    def price(self) -> Price:
-        """The price from a few samples spread over the dataset, with answers as long as they may get."""
-        numbers = np.unique(np.linspace(0, len(self.dataset) - 1, PRICE_PROBES).astype(int))
-        probes = [self._prepare(int(number), int(number) + 1, generate=False) for number in numbers]
-        return price(self.sites, probes, len(self.dataset), self.path, images=self.settings.images)
-
-    def open(self) -> RunWriter:
-        """Prove the model on the first sample with images, then start the run or continue it."""
-        attention = {site.stack.name for site in self.sites if site.heads is not None}
-        shown = self.survey.first_with_images
-        self.proof = prove(self.loaded, self._prepare(shown, shown + 1), attention)
-        attributes = run_attributes(self.loaded, self.dataset, self.settings, self.proof)
-        if holds_something(self.path):
-            return RunWriter.resume(self.path, attributes)
-        groups = run_groups(self.sites, self.survey, self.settings, self.proof)
-        return RunWriter.create(self.path, attributes, groups, samples=len(self.dataset))
-
-    def run(self, writer: RunWriter, *, quiet: bool) -> None:
-        """Capture every batch that is not committed yet, then finish the run."""
-        progress = Progress(len(self.dataset), writer.samples, quiet=quiet)
-        if writer.samples:
-            progress.say(f"{self.path} has {writer.samples} of {len(self.dataset)} samples; continuing")
-        image_bytes = writer.manifest.rows.get("image_bytes", 0)
-        starts = PatternStarts(writer.manifest.rows)
-        committed = time.monotonic()
-        try:
-            for first in range(writer.samples, len(self.dataset), self.settings.batch_size):
-                with keeping(writer):
-                    batch = self._prepare(first, first + self.settings.batch_size)
-                    rows = starts.shifted(self.rows(batch, image_bytes))
-                writer.append(rows, samples=len(batch.samples))
-                image_bytes += len(rows.get("image_bytes", {}).get("data", ()))
-                if time.monotonic() - committed > COMMIT_SECONDS:
-                    writer.commit()
-                    committed = time.monotonic()
-                progress.advance(len(batch.samples), batch.tokens, writer.bytes_written)
-            self._put_readout(writer)
-            writer.finish()
-        finally:
-            progress.close(writer.bytes_written)
-
-    def rows(self, batch: Batch, image_bytes: int) -> Rows:
-        """Everything that a batch adds to the run; `image_bytes` is how many there are already."""
-        arrays, logits = capture_forward(self.loaded, batch, self.sites, self.proof.halves, self.proof.rules)
-        tokenizer = self.loaded.tokenizer
-        predictions = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in batch.answers]
-        options = [
-            option_tokens(tokenizer, prompt.text, sample.options)
-            for prompt, sample in zip(batch.prompts, batch.samples, strict=True)
-        ]
-        rows: Rows = {
-            "samples": sample_rows(
-                batch,
-                self.survey,
-                predictions=predictions,
-                correct=self._correct(predictions, batch),
-                logits=option_logits(logits, options, self.survey.options),
-                notes=[each.note for each in options],
-            ),
-            "tokens/text": joined(batch.decoder),
-        }
-        if self.survey.has_images:
-            rows["tokens/vision"] = joined(batch.encoder)
-            rows |= image_rows(batch, image_bytes, stored=self.settings.images)
-        for site in self.sites:
-            rows[site.label_group] = site_rows(site, batch)
-        for group, values in arrays.items():
-            rows[group] = {**values, **rows.get(group, {})}
-        return rows
-
-    def _prepare(self, first: int, last: int, *, generate: bool = True) -> Batch:
-        samples = [self.dataset[number] for number in range(first, min(last, len(self.dataset)))]
-        limit = self.settings.max_new_tokens
-        return prepare_batch(
-            self.loaded, samples, first, max_new_tokens=limit, generate=generate, texts=self.texts
-        )
-
-    def _correct(self, predictions: list[str], batch: Batch) -> list[int]:
-        if not self.settings.max_new_tokens:
-            return [CORRECT["unscored"]] * len(predictions)
-        return [score(said, sample) for said, sample in zip(predictions, batch.samples, strict=True)]
-
-    def _put_readout(self, writer: RunWriter) -> None:
-        prompt = build_prompt(self.loaded.processor, self.dataset[0])
-        words = answer_words(self.loaded.tokenizer, prompt.text, self.survey.answers)
-        built = build_readout(self.loaded.anatomy, self.loaded.model, words)
-        if built is not None:
-            writer.put_static("readout", *built)
-
-
-@contextmanager
-def keeping(writer: RunWriter) -> Iterator[None]:
-    """Commit what whole batches have appended when the next one fails or is interrupted."""
-    try:
-        yield
-    except BaseException:
-        writer.commit()
-        raise

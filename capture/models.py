@@ -16,6 +16,7 @@ import torch
 from mechanistic.store.errors import ModelError
 
 from .anatomy import Anatomy, find_anatomy
+from .processors import load_processor
 from .prompts import template_of, tokenizer_of
 
 BUNDLED = "spatial-tiny"
@@ -38,6 +39,24 @@ REGISTRY: Mapping[str, ModelEntry] = {
     BUNDLED: ModelEntry("bundled", dtype="float32"),
     "llava1.5": ModelEntry("llava-hf/llava-1.5-7b-hf"),
     "llava1.5-13b": ModelEntry("llava-hf/llava-1.5-13b-hf"),
+    "llava1.6": ModelEntry("llava-hf/llava-v1.6-vicuna-7b-hf"),
+    "llava1.6-mistral": ModelEntry("llava-hf/llava-v1.6-mistral-7b-hf"),
+    "llava-onevision": ModelEntry("llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+    "qwen2vl": ModelEntry("Qwen/Qwen2-VL-7B-Instruct"),
+    "qwen2vl-2b": ModelEntry("Qwen/Qwen2-VL-2B-Instruct"),
+    "qwen2vl-vllm": ModelEntry("Qwen/Qwen2-VL-7B-Instruct", backend="vllm"),
+    "qwen2.5vl": ModelEntry("Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen2.5vl-3b": ModelEntry("Qwen/Qwen2.5-VL-3B-Instruct"),
+    "qwen2.5vl-vllm": ModelEntry("Qwen/Qwen2.5-VL-7B-Instruct", backend="vllm"),
+    "qwen3vl": ModelEntry("Qwen/Qwen3-VL-8B-Instruct"),
+    "qwen3vl-vllm": ModelEntry("Qwen/Qwen3-VL-8B-Instruct", backend="vllm"),
+    "gemma3": ModelEntry("google/gemma-3-4b-it"),
+    "gemma3-12b": ModelEntry("google/gemma-3-12b-it"),
+    "paligemma": ModelEntry("google/paligemma-3b-mix-224"),
+    "paligemma2": ModelEntry("google/paligemma2-3b-mix-224"),
+    "internvl": ModelEntry("OpenGVLab/InternVL3-8B-hf"),
+    "smolvlm": ModelEntry("HuggingFaceTB/SmolVLM-Instruct"),
+    "idefics3": ModelEntry("HuggingFaceM4/Idefics3-8B-Llama3"),
 }
 
 
@@ -97,10 +116,13 @@ class LoadedModel:
     def processor_attributes(self) -> dict[str, Any]:
         """The run's attribute `processor`."""
         template = template_of(self.processor)
+        images = getattr(self.processor, "image_processor", None)
+        # A model that reads images alone has an image processor and nothing else.
+        words = self.tokenizer if "text" in self.anatomy.stacks else None
         return {
             "class": type(self.processor).__name__,
-            "tokenizer": type(self.tokenizer).__name__,
-            "image_processor": type(getattr(self.processor, "image_processor", None)).__name__,
+            "tokenizer": "" if words is None else type(words).__name__,
+            "image_processor": type(self.processor if words is None else images).__name__,
             "chat_template": template or "",
         }
 
@@ -111,7 +133,7 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
     device_map: Any = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
@@ -122,6 +144,8 @@ def load_model(
     ----------
     dtype
         float32, float16 or bfloat16; absent, what the weights are stored as (spatial-tiny: float32).
+    attention
+        sdpa or eager; absent, sdpa where the architecture has it.
     options
         Anything else that `from_pretrained` takes, such as quantization_config.
 
@@ -132,8 +156,8 @@ def load_model(
     entry = REGISTRY.get(name)
     if entry is not None and entry.backend != "transformers":
         raise ModelError(
-            f"'{name}' runs on {entry.backend}, which is not supported here.",
-            f"Use the transformers model: {entry.repository}.",
+            f"'{name}' runs on {entry.backend}, which is not available yet.",
+            f"Take '{name.removesuffix(f'-{entry.backend}')}', the same model through transformers.",
         )
     source, folder = _source(name, entry)
     revision = revision or (entry.revision if entry is not None else None)
@@ -191,7 +215,7 @@ def check_folder(folder: Path) -> None:
         missing += sorted(shard for shard in shards if not (folder / shard).is_file())
     if not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         missing.append("the weights (model.safetensors)")
-    if not any(
+    if _reads_words(folder) and not any(
         (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
         missing.append("the tokenizer (tokenizer.json)")
@@ -200,6 +224,15 @@ def check_folder(folder: Path) -> None:
             f"The model folder {folder} lacks {', '.join(missing)}.",
             "Copy the whole folder again, or save model and processor into it with save_pretrained.",
         )
+
+
+def _reads_words(folder: Path) -> bool:
+    """Whether the configuration is that of a model with a vocabulary; one that cannot be read is not excused."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return True
+    return "vocab_size" in config or "text_config" in config or "image_size" not in config
 
 
 def _torch_dtype(dtype: str | None, name: str) -> Any:
@@ -221,7 +254,7 @@ def _load(name: str, source: str, settings: dict[str, Any]) -> tuple[Any, Any]:
         config = library.AutoConfig.from_pretrained(source, **hub)
         loader = _loader(config)
         model = loader.from_pretrained(source, **settings)
-        processor = library.AutoProcessor.from_pretrained(source, **hub)
+        processor = load_processor(source, config, **hub)
     # The library and its file formats report a missing, truncated or foreign file in many ways.
     except Exception as cause:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

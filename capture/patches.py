@@ -1,4 +1,4 @@
-"""Patches of one image as values: tile, row, column, and the box in the original image that each stands for."""
+"""Patches of one image as values: tile, row, column, and the box in the original image that each covers."""
 
 from __future__ import annotations
 

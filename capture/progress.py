@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 30.0
@@ -19,6 +21,8 @@ class Progress:
     done: int = 0
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     quiet: bool = False
+    log_json: bool = False
+    failed: int = 0
 
     def __post_init__(self) -> None:
         self.begun = self.shown = time.monotonic()
@@ -26,13 +30,13 @@ class Progress:
         self.tokens = 0
         self.bytes = 0
 
-    def advance(self, samples: int, tokens: int, written: int) -> None:
-        """Count a batch; `written` is the number of bytes in the store so far."""
+    def advance(self, samples: int, tokens: int, written: Callable[[], int]) -> None:
+        """Count samples; `written` says how many bytes are on disk, and is asked only when that is shown."""
         self.done += samples
         self.tokens += tokens
-        self.bytes = written
-        pause = TERMINAL_SECONDS if self.stream.isatty() else LOG_SECONDS
+        pause = TERMINAL_SECONDS if self.stream.isatty() and not self.log_json else LOG_SECONDS
         if not self.quiet and time.monotonic() - self.shown >= pause:
+            self.bytes = written()
             self._show()
 
     def close(self, written: int) -> None:
@@ -46,22 +50,42 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line of its own."""
         if not self.quiet:
-            self.stream.write(f"{text}\n")
+            line = json.dumps({"message": text}) if self.log_json else text
+            self.stream.write(f"\r{line}\x1b[K\n" if self.stream.isatty() else f"{line}\n")
             self.stream.flush()
 
     def line(self) -> str:
         """The line as it is now."""
+        state = self.state()
+        left = human_seconds(state["seconds_left"]) if state["seconds_left"] is not None else "unknown"
+        failed = f"{self.failed} failed  " if self.failed else ""
+        return (
+            f"{self.done}/{self.total} samples  {state['samples_per_second']:.1f} samples/s  "
+            f"{state['tokens_per_second']:,.0f} tokens/s  {human_bytes(self.bytes)} written  "
+            f"{failed}{left} left"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The same for machines."""
         seconds = max(time.monotonic() - self.begun, 1e-9)
         new = self.done - self.first
-        left = human_seconds((self.total - self.done) * seconds / new) if new else "unknown"
-        return (
-            f"{self.done}/{self.total} samples  {new / seconds:.1f} samples/s  "
-            f"{self.tokens / seconds:,.0f} tokens/s  {human_bytes(self.bytes)} written  {left} left"
-        )
+        return {
+            "samples": self.done,
+            "samples_total": self.total,
+            "failed": self.failed,
+            "samples_per_second": new / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "bytes_written": self.bytes,
+            "seconds": seconds,
+            "seconds_left": (self.total - self.done) * seconds / new if new else None,
+        }
 
     def _show(self) -> None:
         self.shown = time.monotonic()
-        self.stream.write(f"\r{self.line()}\x1b[K" if self.stream.isatty() else f"{self.line()}\n")
+        if self.log_json:
+            self.stream.write(json.dumps(self.state()) + "\n")
+        else:
+            self.stream.write(f"\r{self.line()}\x1b[K" if self.stream.isatty() else f"{self.line()}\n")
         self.stream.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,21 +115,30 @@ def encode_prompts(
         )
     texts = [prompt.text for prompt in prompts]
     bos = tokenizer.bos_token
+    masked = "attention_mask" in tokenizer.model_input_names
     settings: dict[str, Any] = {
         # Templates that write the first token themselves must not get it twice.
         "add_special_tokens": not (bos and texts[0].startswith(bos)),
         "return_offsets_mapping": True,
-        "padding": True,
+        # A model without a mask, such as SigLIP, attends to its padding, and knows one length only.
+        "padding": True if masked else "max_length",
         "padding_side": "right",
         "return_tensors": "pt",
     }
     if any(images):
-        encoded = processor(text=texts, images=[list(each) for each in images], **settings)
+        with warnings.catch_warnings():
+            # PaliGemma's processor makes numpy arrays of torch tensors in a way that numpy 2 warns of.
+            warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
+            encoded = processor(text=texts, images=[list(each) for each in images], **settings)
     else:
         encoded = tokenizer(texts, **settings)
-    inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    # Labels are for training: with them a model computes a loss, and some other masks.
+    inputs = {
+        name: value for name, value in encoded.items() if isinstance(value, Tensor) and name != "labels"
+    }
     mapping = inputs.pop("offset_mapping").numpy()
-    lengths = inputs["attention_mask"].sum(1).numpy()
+    width = inputs["input_ids"].shape[1]
+    lengths = inputs["attention_mask"].sum(1).numpy() if masked else np.full(len(texts), width)
     plain = tokenizer(texts, add_special_tokens=settings["add_special_tokens"], return_offsets_mapping=True)
     offsets = []
     for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
@@ -142,11 +152,14 @@ def _in_the_prompt(prompt: Prompt, expanded: Tokens, plain: Tokens) -> Tokens:
     """The tokens of the expanded prompt, counted in characters of the prompt as it is.
 
     Placeholders, all before the question, grew; so what is behind them is counted from the end, and must then
-    be the very tokens of the prompt as it is. CaptureError if it is not.
+    be the very tokens of the prompt as it is (some processors put a line break behind it), or CaptureError.
     """
-    shift = expanded.offsets[:, 1].max() - plain.offsets[:, 1].max()
-    moved = Tokens(expanded.ids, expanded.offsets - shift)
-    if moved.within(prompt.question) != plain.within(prompt.question):
+    grown = expanded.offsets[:, 1].max() - plain.offsets[:, 1].max()
+    for shift in (grown, grown - 1):
+        moved = Tokens(expanded.ids, expanded.offsets - shift)
+        if moved.within(prompt.question) == plain.within(prompt.question):
+            break
+    else:
         raise CaptureError(
             f"The processor changes the prompt around a question: {prompt.text[slice(*prompt.question)]!r}.",
             "Its words cannot be found by their characters; this model's processor needs an adapter.",
@@ -167,12 +180,22 @@ def pad_left(inputs: Inputs) -> Inputs:
 
 
 def append_tokens(
-    inputs: Inputs, lengths: NDArray[np.int64], answers: Sequence[Sequence[int]], pad_id: int
+    inputs: Inputs,
+    lengths: NDArray[np.int64],
+    answers: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    answer_type: int | None = None,
 ) -> Inputs:
     """Put each answer behind its prompt: every tensor along the tokens grows, padding stays on the right.
 
     Answer tokens are text to the model: `mm_token_type_ids` is 0 there, and everything else continues
     as it was at the last prompt token.
+
+    Parameters
+    ----------
+    answer_type
+        What `token_type_ids` are of an answer, where they tell it from the prompt.
     """
     width = int(max(length + len(answer) for length, answer in zip(lengths, answers, strict=True)))
     grown: Inputs = {}
@@ -185,18 +208,22 @@ def append_tokens(
         for row, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
             wide[row, :length] = value[row, :length]
             if len(answer):
-                wide[row, length : length + len(answer)] = _continuation(name, value[row, :length], answer)
+                wide[row, length : length + len(answer)] = _continuation(
+                    name, value[row, :length], answer, answer_type
+                )
         grown[name] = wide
     return grown
 
 
-def _continuation(name: str, prompt: Tensor, answer: Sequence[int]) -> Tensor:
+def _continuation(name: str, prompt: Tensor, answer: Sequence[int], answer_type: int | None) -> Tensor:
     if name == "input_ids":
         return prompt.new_tensor(list(answer))
     if name == "attention_mask":
         return prompt.new_ones(len(answer))
     if name == "mm_token_type_ids":
         return prompt.new_zeros(len(answer))
+    if name == "token_type_ids" and answer_type is not None:
+        return prompt.new_full((len(answer),), answer_type)
     return prompt[-1:].expand(len(answer), *prompt.shape[1:])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mechanistic.store.errors import CaptureError, ModelError
 
@@ -23,7 +24,7 @@ from .anatomy import Stack
 from .batch import Batch
 from .coordinates_square import vision_config
 from .encoder_masks import EncoderMasks, encoder_rule
-from .forward import last_prompt_logits
+from .forward import run_forward
 from .mask_rules import MaskRule, describe, find_rule
 from .models import LoadedModel
 from .residual import Halves, LayerProbe, relative_error
@@ -85,9 +86,9 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
         )
     begun = time.monotonic()
     tolerance = TOLERANCE[loaded.dtype]
-    before = last_prompt_logits(loaded.model, batch)
+    before = outcome(loaded.model, batch)
     stacks, observed = _observe(loaded, batch, attention, tolerance)
-    after = last_prompt_logits(loaded.model, batch)
+    after = outcome(loaded.model, batch)
     change = _largest(before, observed)
     left_behind = _largest(before, after)
     if change > tolerance or left_behind > tolerance:
@@ -98,9 +99,9 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
     for name in attention:
         _check_stack(loaded.anatomy.stack(name), stacks[name], tolerance)
         stacks[name].edit_change = _largest(before, _edited(loaded, batch, name))
-        if before is not None and not stacks[name].edit_change > 0:
+        if not stacks[name].edit_change > 0:
             raise CaptureError(
-                f"{name}: replacing an attention row of its first layer changes no logit.",
+                f"{name}: replacing an attention row of its first layer changes nothing in the end.",
                 "The model does not use what is seen of its attention; report this model.",
             )
     report = {name: _report(loaded.anatomy.stack(name), stack) for name, stack in stacks.items()}
@@ -114,7 +115,16 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
     return Proof(stacks, attributes)
 
 
-def _edited(loaded: LoadedModel, batch: Batch, name: str) -> np.ndarray[Any, Any] | None:
+def outcome(model: Any, batch: Batch) -> np.ndarray[Any, Any]:
+    """What a forward comes to: the logits; of models without any, similarities or the last hidden state."""
+    output, _ = run_forward(model, batch)
+    names = ("logits", "logits_per_image", "last_hidden_state")
+    found: Tensor = next(output[name] for name in names if output.get(name) is not None)
+    result: np.ndarray[Any, Any] = found.float().cpu().numpy()
+    return result
+
+
+def _edited(loaded: LoadedModel, batch: Batch, name: str) -> np.ndarray[Any, Any]:
     """Logits where one query of the stack's first layer attends to nothing but the first key.
 
     The query is the last prompt token; of an encoder, the last token of its first segment.
@@ -131,12 +141,12 @@ def _edited(loaded: LoadedModel, batch: Batch, name: str) -> np.ndarray[Any, Any
             edited.append(query)
 
     with tapped(loaded.model, edit):
-        return last_prompt_logits(loaded.model, batch)
+        return outcome(loaded.model, batch)
 
 
 def _observe(
     loaded: LoadedModel, batch: Batch, attention: Collection[str], tolerance: float
-) -> tuple[dict[str, StackProof], np.ndarray[Any, Any] | None]:
+) -> tuple[dict[str, StackProof], np.ndarray[Any, Any]]:
     anatomy = loaded.anatomy
     stacks = {name: StackProof() for name in anatomy.stacks if name != "vision" or any(batch.images)}
     layer_of = anatomy.module_layers(attention)
@@ -164,7 +174,7 @@ def _observe(
         watching.enter_context(tapped(loaded.model, attended))
         for probe in (probe for each in probes.values() for probe in each):
             watching.enter_context(probe.watching())
-        logits = last_prompt_logits(loaded.model, batch)
+        logits = outcome(loaded.model, batch)
     for name, each in probes.items():
         _join_halves(anatomy.stack(name), stacks[name], each)
     return stacks, logits
@@ -272,7 +282,5 @@ def _report(stack: Stack, proof: StackProof) -> dict[str, Any]:
     }
 
 
-def _largest(first: Any, second: Any) -> float:
-    if first is None or second is None:
-        return 0.0
+def _largest(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
     return float(np.abs(first - second).max() / max(float(np.abs(first).max()), 1e-30))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mechanistic.store.errors import ModelError
@@ -22,15 +23,26 @@ _Handle = Any
 
 @dataclass(frozen=True)
 class Halves:
-    """The children of a layer whose outputs add up to what it adds: post = pre + attention + mlp."""
+    """The children of a layer whose outputs add up to what it adds: post = pre + attention + mlp.
+
+    Where the layer scales those outputs before it adds them, `middle` is the child that reads the residual
+    stream between the two halves, and each half is a difference.
+    """
 
     attention: str
     mlp: str
     has_middle: bool
+    middle: str | None = None
 
     @property
     def definition(self) -> dict[str, str]:
         """What the sites of this layer are, for the attribute `definition`."""
+        if self.middle is not None:
+            return {
+                "attn_out": f"resid_mid - resid_pre, which is output of {self.attention} scaled",
+                "mlp_out": f"resid_post - resid_mid, which is output of {self.mlp} scaled",
+                "resid_mid": f"input of {self.middle}",
+            }
         return {
             "attn_out": f"output of {self.attention}",
             "mlp_out": f"output of {self.mlp}",
@@ -70,6 +82,8 @@ def _attach(stack: Stack, number: int, site: str, halves: Halves | None, observe
         return layer.register_forward_hook(lambda _, args, output: seen(first_tensor(output)))
     require_halves(stack.name, site, halves)
     assert halves is not None
+    if halves.middle is not None:
+        return _attach_difference(layer, site, halves.middle, seen)
     if site == "resid_mid":
         return _attach_middle(layer, halves, seen)
     child = halves.attention if site == "attn_out" else halves.mlp
@@ -92,8 +106,8 @@ def require_halves(stack: str, site: str, halves: Halves | None) -> None:
         )
 
 
-class _Pair:
-    """Two hooks that come and go together."""
+class _Handles:
+    """Hooks that come and go together."""
 
     def __init__(self, *handles: _Handle) -> None:
         self.handles = handles
@@ -103,7 +117,7 @@ class _Pair:
             handle.remove()
 
 
-def _attach_middle(layer: nn.Module, halves: Halves, seen: Callable[[Tensor], None]) -> _Pair:
+def _attach_middle(layer: nn.Module, halves: Halves, seen: Callable[[Tensor], None]) -> _Handles:
     entered: list[Tensor] = []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -112,9 +126,34 @@ def _attach_middle(layer: nn.Module, halves: Halves, seen: Callable[[Tensor], No
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         seen(entered.pop() + first_tensor(output))
 
-    return _Pair(
+    return _Handles(
         layer.register_forward_pre_hook(enter, with_kwargs=True),
         layer.get_submodule(halves.attention).register_forward_hook(leave),
+    )
+
+
+def _attach_difference(layer: nn.Module, site: str, middle: str, seen: Callable[[Tensor], None]) -> _Handles:
+    """The two halves of a layer, as differences from the residual stream between them."""
+    entered: list[Tensor] = []
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        entered[:] = [hidden_input(args, kwargs)]
+
+    def between(_: nn.Module, args: Any, kwargs: Any) -> None:
+        here = hidden_input(args, kwargs)
+        if site == "mlp_out":
+            entered[:] = [here]
+        else:
+            seen(here - entered[0] if site == "attn_out" else here)
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        if site == "mlp_out":
+            seen(first_tensor(output) - entered[0])
+
+    return _Handles(
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.get_submodule(middle).register_forward_pre_hook(between, with_kwargs=True),
+        layer.register_forward_hook(leave),
     )
 
 
@@ -144,6 +183,7 @@ class LayerProbe:
         self.found: tuple[Halves, float] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
+        self._repeated: set[str] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -158,14 +198,21 @@ class LayerProbe:
         def record(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if args or "hidden_states" in kwargs:
                 self._inputs[name] = hidden_input(args, kwargs).detach()
+            # One that a layer calls twice, such as dropout, would be seen twice in a capture.
+            if name in self._outputs:
+                self._repeated.add(name)
             self._outputs[name] = first_tensor(output).detach()
 
         return record
 
     def _whole(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.pre, self.post = hidden_input(args, kwargs).detach(), first_tensor(output).detach()
+        for name in self._repeated:
+            self._outputs.pop(name)
+            self._inputs.pop(name, None)
         self.found = self._halves(self.pre, self.post)
         # Kept for every layer, these would be the largest tensors of the forward.
+        self._repeated.clear()
         self._inputs.clear()
         self._outputs.clear()
 
@@ -181,6 +228,28 @@ class LayerProbe:
                     for seen in self._inputs.values()
                 )
                 return Halves(first, second, has_middle), error
+        return self._scaled_halves(pre, post)
+
+    def _scaled_halves(self, pre: Tensor, post: Tensor) -> tuple[Halves, float] | None:
+        """Two children whose outputs, scaled channel by channel, lead to some child's input and on to `post`."""
+        outputs = {name: value for name, value in self._outputs.items() if value.shape == pre.shape}
+        for reader, middle in self._inputs.items():
+            if middle.shape != pre.shape or torch.equal(middle, pre):
+                continue
+            first = self._scaled(outputs, middle - pre)
+            second = self._scaled(outputs, post - middle)
+            if first is not None and second is not None and first[0] != second[0]:
+                return Halves(first[0], second[0], True, reader), max(first[1], second[1])
+        return None
+
+    def _scaled(self, outputs: dict[str, Tensor], step: Tensor) -> tuple[str, float] | None:
+        """The first child whose output is `step` but for a factor for each channel, and the error of that."""
+        for name, value in outputs.items():
+            flat, wanted = value.float().flatten(0, -2), step.float().flatten(0, -2)
+            factor = (flat * wanted).sum(0) / (flat * flat).sum(0).clamp_min(1e-30)
+            error = relative_error(flat * factor, wanted)
+            if error <= self.tolerance:
+                return name, error
         return None
 
 

@@ -157,20 +157,3 @@ class RowSites:
             f"{each.site.group}_rows": each.labels() for each in self.sites if each.site.name == "pattern"
         }
         return self.arrays | places
-
-
-class PatternStarts:
-    """Turns starts within a batch into starts within the run, batch after batch."""
-
-    def __init__(self, rows: Mapping[str, int]) -> None:
-        self._entries = dict(rows)
-
-    def shifted(self, batch: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
-        """The rows of the next batch, with `start` counted from the run's first entry."""
-        for group, columns in batch.items():
-            if group.endswith("/pattern"):
-                done = self._entries.get(group, 0)
-                rows = batch[f"{group}_rows"]
-                rows["start"] = rows["start"] + done
-                self._entries[group] = done + columns["pattern"].shape[1]
-        return batch

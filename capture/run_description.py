@@ -113,7 +113,8 @@ def _described(site: ResolvedSite, proof: Proof) -> dict[str, Any]:
     if stack is None:
         return {}
     if site.spec.site in ("q", "k", *ROW_SITES):
-        return {"attention": {str(layer): stack.attention[str(layer)] for layer in site.layers}}
+        rules = {str(layer): stack.attention[str(layer)] for layer in site.layers}
+        return {"attention": rules, "heads_per_kv_head": site.stack.heads // site.stack.kv_heads}
     if stack.halves is not None and site.spec.site in stack.halves.definition:
         return {"definition": stack.halves.definition[site.spec.site]}
     return {}

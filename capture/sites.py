@@ -107,7 +107,7 @@ class ResolvedSite:
         if self.spec.site != "pattern":
             return (GroupSchema(self.group, self.axis, (*self.arrays, *labels), described, coords),)
         places = tuple(
-            ArraySchema(name, (self.axis,), dtype, attrs={"long_name": meaning})
+            ArraySchema(name, (self.axis,), dtype, attrs=self._place_attrs(name, meaning))
             for name, (dtype, meaning) in PATTERN_PLACES.items()
         )
         own = {key: described[key] for key in ("stack", "tokens")}
@@ -115,6 +115,10 @@ class ResolvedSite:
             GroupSchema(self.group, ENTRY, self.arrays, described, coords),
             GroupSchema(self.label_group, self.axis, (*places, *labels), own),
         )
+
+    def _place_attrs(self, name: str, meaning: str) -> dict[str, str]:
+        pointer = {"points_into": self.group} if name == "start" else {}
+        return {"long_name": meaning, **pointer}
 
 
 def resolve_sites(specs: Sequence[SiteSpec], anatomy: Anatomy, dtype: str) -> tuple[ResolvedSite, ...]:

@@ -127,7 +127,7 @@ class SiteSpec:
         if match["heads"] is not None and site in RESIDUAL_SITES:
             raise SpecificationError(
                 f"The site '{site}' in '{text}' has no heads.",
-                f"Select heads of {', '.join(ATTENTION_SITES + ROW_SITES)} only, or drop {{{match['heads']}}}.",
+                f"Select heads of {', '.join(ATTENTION_SITES + ROW_SITES)} only; drop {{{match['heads']}}}.",
             )
         return cls(
             stack, Numbers.parse(match["layers"]), site, Numbers.parse(match["heads"] or "*"), tokens, dtype

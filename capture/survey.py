@@ -12,6 +12,8 @@ from .answers import option_tokens
 from .dataset import Dataset, Sample, Scalar
 
 OPTION_NOTE = "option_note"
+# How many samples shared a sample's forward; fewer where a batch was halved for memory, 0 for a failed one.
+FORWARD_SAMPLES = "forward_samples"
 _DTYPES: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, "float32"), (str, "string"))
 
 
@@ -53,7 +55,7 @@ def survey(dataset: Dataset) -> Survey:
     return Survey(
         samples=len(dataset),
         options=options,
-        columns={**(columns or {}), OPTION_NOTE: "string"},
+        columns={**(columns or {}), OPTION_NOTE: "string", FORWARD_SAMPLES: "int64"},
         answers=tuple(answers),
         has_images=bool(with_images),
         first_with_images=with_images[0] if with_images else 0,

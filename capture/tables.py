@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mechanistic.store.schema import STATUS
 
 from .batch import Batch
-from .survey import OPTION_NOTE, Survey
+from .survey import FORWARD_SAMPLES, OPTION_NOTE, Survey
 
 Rows = dict[str, dict[str, NDArray[Any]]]
 
@@ -48,8 +48,9 @@ def sample_rows(
     rows["answer_index"] = np.array([sample.answer_index for sample in samples], np.int8)
     rows["correct"] = np.array(correct, np.int8)
     rows["status"] = np.full(len(samples), STATUS["ok"], np.int8)
+    own = {OPTION_NOTE: notes, FORWARD_SAMPLES: [len(samples)] * len(samples)}
     for name, dtype in survey.columns.items():
-        values = notes if name == OPTION_NOTE else [sample.extra[name] for sample in samples]
+        values = own[name] if name in own else [sample.extra[name] for sample in samples]
         rows[name] = np.array(values, object if dtype == "string" else dtype)
     return rows
 

@@ -68,6 +68,13 @@ def decoder_table(
     return columns
 
 
+def no_words(sample_index: int) -> Columns:
+    """The table of a sample for a model that reads images alone: every column, no row."""
+    columns = _blank(0, sample_index)
+    columns["token_id"], columns["token_text"] = np.zeros(0, np.int32), np.zeros(0, object)
+    return columns | {f"is_{role}": np.zeros(0, np.bool_) for role in ROLES}
+
+
 def encoder_table(sample_index: int, images: Sequence[ImageLayout]) -> Columns:
     """Labels of the vision encoder's tokens of one sample's images, in the order of the images."""
     total = sum(len(layout.encoder) for layout in images)

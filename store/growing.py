@@ -40,8 +40,9 @@ def dimensions(array: zarr.Array[Any]) -> list[str]:
 class GrowingArray:
     """Rows go into a buffer of one shard; a full buffer becomes one file, and a commit writes the rest.
 
-    Every write is of whole shards, the last one padded with the fill value: nothing on disk is read back or
-    changed in place, and equal rows give equal files. The stored shape follows at the commit.
+    Two buffers an array at most: one fills while the other is encoded and written. Every write is of whole
+    shards, the last one padded with the fill value: nothing on disk is read back or changed in place, and
+    equal rows give equal files. The stored shape follows at the commit.
     """
 
     def __init__(self, path: Path, axis: str, rows: int) -> None:
@@ -58,7 +59,8 @@ class GrowingArray:
         self.touched: set[Path] = set()
         self._pending: Any = None
         self._store: Any = (_string_engine if self.dtype == "string" else _engine)(path, self.axis)
-        self.buffer = self._blank()
+        self.buffer = self._room()
+        self._spare: NDArray[Any] | None = None
         if self.count:
             self.buffer[self._rows(0, self.count)] = array[self._rows(self.start, rows)]
 
@@ -79,11 +81,14 @@ class GrowingArray:
                 self._write()
                 self.start += self.shard_rows
                 self.count = 0
-                self.buffer = self._blank()
+                # The spare one was in flight until `_write` waited for it; fresh memory would cost more CPU.
+                spare = self._room() if self._spare is None else self._spare
+                self.buffer, self._spare = spare, self.buffer
 
     def flush(self) -> None:
         """Start writing every row that is not on disk yet; `settle` waits for it."""
         if self.count:
+            self.buffer[self._rows(self.count, self.shard_rows)] = self.fill_value
             self._write()
 
     def settle(self) -> None:
@@ -112,10 +117,10 @@ class GrowingArray:
                 "Nothing is cast in silence: give the array the dtype and dimensions of its schema.",
             )
 
-    def _blank(self) -> NDArray[Any]:
+    def _room(self) -> NDArray[Any]:
         shape = list(self.shape)
         shape[self.axis] = self.shard_rows
-        return np.full(shape, self.fill_value, object if self.dtype == "string" else self.dtype)
+        return np.empty(shape, object if self.dtype == "string" else self.dtype)
 
     def _rows(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self.axis + (slice(start, stop),)

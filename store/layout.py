@@ -45,7 +45,7 @@ def layout(array: ArraySchema, axis: str) -> Layout:
     chunk_rows = 1 << max(0, int(math.log2(max(1, CHUNK_BYTES // row))))
     shard_rows = max(chunk_rows, -(-SHARD_ROWS_MIN // chunk_rows) * chunk_rows)
     band = max(1, min(layers, SHARD_BYTES_MAX // (shard_rows * row)))
-    while shard_rows * row * band * 2 <= SHARD_BYTES:
+    while shard_rows * row * band * 2 <= SHARD_BYTES // array.beside:
         shard_rows *= 2
     return Layout(_shape(array, axis, 1, chunk_rows), _shape(array, axis, band, shard_rows))
 

@@ -14,14 +14,16 @@ from .errors import DiskFullError, IncompleteRunError, OutputExistsError
 from .growing import dimensions
 from .info import human_bytes
 from .manifest import MANIFEST, Manifest, replace_file, sync
-from .parts import PARTS, Part, part_count, read_parts, root_attributes, unfinished
 from .part_reader import PartReader, Rows
+from .parts import PARTS, Part, part_count, read_parts, root_attributes, unfinished
 from .reader import group as open_group
 from .reader import open_run, read_manifest
 from .schema import ArraySchema, GroupSchema
 from .writer import RunWriter
 
 DRAFT = "merged.partial"
+# Batches were those of the parts, which is how to compute them again.
+MERGED = "merged_from_parts"
 COMMIT_BYTES = 2 << 30
 
 
@@ -68,6 +70,7 @@ def _write(run: Path, parts: list[Part], target: Path) -> None:
     manifests = [part.manifest for part in parts if part.manifest is not None]
     samples = sum(manifest.samples for manifest in manifests)
     attributes = {key: value for key, value in root_attributes(run).items() if key != PARTS}
+    attributes[MERGED] = len(parts)
     if target.exists() and any(target.iterdir()):
         if _is_done(target, attributes["run_id"]):
             return

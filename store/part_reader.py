@@ -59,14 +59,14 @@ class PartReader:
 
     def block_end(self, first: int) -> int:
         """The sample before which a block of about BLOCK_BYTES from `first` on ends; one sample at least."""
-        size = np.zeros(self.samples + 1)
+        size: NDArray[np.float64] = np.zeros(self.samples + 1)
         for group, arrays in self.arrays.items():
             row = sum(
                 array.dtype.itemsize * np.prod([n for i, n in enumerate(array.shape) if i != axis])
                 for array, axis in arrays.values()
             )
             size += row * (self.edges[group] - self.edges[group][first])
-        return int(min(max(first + 1, np.searchsorted(size, BLOCK_BYTES)), self.samples))
+        return min(max(first + 1, int(np.searchsorted(size, BLOCK_BYTES))), self.samples)
 
     def read(self, first: int, last: int, before: dict[str, int]) -> Rows:
         """The rows of samples `first` to `last`, pointers moved by the rows `before` this run."""

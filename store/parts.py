@@ -133,12 +133,21 @@ def open_parts(
     nodes = {node.path: node.to_dataset(inherit=False) for node in trees[0].subtree}
     for group, axis in manifests[0].axes.items():
         if axis is not None:
-            held = [tree[group].to_dataset(inherit=False) for tree in trees]
+            held = [_dataset(tree, group) for tree in trees]
             nodes[f"/{group}"] = _end_to_end(held, axis, manifests)
     nodes["/"] = xr.Dataset(attrs=root_attributes(run))
     tree = xr.DataTree.from_dict(nodes)
     tree.encoding["source"] = str(run)
     return tree
+
+
+def _dataset(tree: xr.DataTree, group: str) -> xr.Dataset:
+    node = tree[group]
+    if not isinstance(node, xr.DataTree):
+        raise FormatError(
+            f"{group} is an array in one part and a group in another.", "The parts are damaged."
+        )
+    return node.to_dataset(inherit=False)
 
 
 def _end_to_end(held: Sequence[xr.Dataset], axis: str, manifests: Sequence[Manifest]) -> xr.Dataset:
@@ -151,9 +160,11 @@ def _end_to_end(held: Sequence[xr.Dataset], axis: str, manifests: Sequence[Manif
                     f"the array {name} points into {target!r}, which this run does not have.",
                     "The copy is incomplete or damaged: `mechanistic verify` lists what is wrong.",
                 )
-            values = dataset[name]
-            moved = moved.assign({name: values.where(values < 0, values + before[target])})
-            moved[name].attrs = values.attrs
+            # A variable, without the coordinates of a DataArray, which would come back unmoved.
+            values = dataset[name].variable
+            shifted_values = values.where(values < 0, values + before[target])
+            shifted_values.attrs = values.attrs
+            moved = moved.assign({name: shifted_values})
         shifted.append(moved)
         before = {group: rows + manifest.rows.get(group, 0) for group, rows in before.items()}
     if len(shifted) == 1:

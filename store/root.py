@@ -32,7 +32,8 @@ def open_root(run: str | Path, attributes: Mapping[str, Any], *, parts: int) -> 
         held = [entry.name for entry in folder.iterdir() if not entry.name.startswith("zarr.json")]
         if held and held != [PARTS]:
             raise OutputExistsError(
-                f"{folder} exists and is not a run.", "Choose another output folder; nothing there was touched."
+                f"{folder} exists and is not a run.",
+                "Choose another output folder; nothing there was touched.",
             )
         _create(folder, wanted)
     different = differences(root_attributes(folder), wanted)

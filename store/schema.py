@@ -37,13 +37,18 @@ _START = {"long_name": "first row in image_bytes/, -1: not stored", "points_into
 
 @dataclass(frozen=True)
 class ArraySchema:
-    """One array: `dims` in order, the fixed ones with their `sizes`, the growing one without."""
+    """One array: `dims` in order, the fixed ones with their `sizes`, the growing one without.
+
+    `beside` is how many arrays of its size its group has: a writer buffers a shard of each, so that they
+    share the size that one array's shard would have.
+    """
 
     name: str
     dims: tuple[str, ...]
     dtype: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    beside: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

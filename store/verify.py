@@ -77,7 +77,7 @@ def _plain(run: Path) -> list[Problem]:
     check_version(root.attrs, str(run))
     problems = [Problem("/", f"lacks the attribute {n!r}") for n in ROOT_ATTRIBUTES if n not in root.attrs]
     problems += [Problem(n, "missing") for n in REQUIRED_GROUPS if n not in manifest.axes]
-    damaged = list(_files(run, manifest))
+    damaged = list(damaged_files(run, manifest))
     problems += damaged
     completeness: Any = root.attrs.get("completeness") or {}
     if manifest.complete and completeness.get("content_sha256") != manifest.content_sha256():
@@ -105,7 +105,8 @@ def _root(run: Path) -> zarr.Group:
         ) from cause
 
 
-def _files(run: Path, manifest: Manifest) -> Iterator[Problem]:
+def damaged_files(run: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Every chunk file that is not what the manifest says."""
     for name, (size, checksum) in manifest.files.items():
         file = run / name
         if not file.is_file():
@@ -121,7 +122,7 @@ def _files(run: Path, manifest: Manifest) -> Iterator[Problem]:
         yield Problem(name, what, _samples(run, name))
 
 
-def _place(run: Path, file: str) -> tuple[str, int, int]:
+def place_of(run: Path, file: str) -> tuple[str, int, int]:
     """The group of a chunk file, and the rows it covers on the group's growing axis."""
     array_path, _, index = file.partition("/c/")
     group = array_path.rpartition("/")[0]
@@ -134,14 +135,14 @@ def _place(run: Path, file: str) -> tuple[str, int, int]:
 
 
 def _is_last(run: Path, file: str, manifest: Manifest) -> bool:
-    group, _, stop = _place(run, file)
+    group, _, stop = place_of(run, file)
     return stop > manifest.rows.get(group, 0)
 
 
 def _samples(run: Path, file: str) -> tuple[int, ...]:
     """The samples whose data a chunk file holds; none where that cannot be told."""
     try:
-        group, start, stop = _place(run, file)
+        group, start, stop = place_of(run, file)
         if group in ("samples",) or file.split("/")[1].endswith("_last"):
             return tuple(range(start, stop))
         index = np.asarray(zarr.open_array(str(run / group / "sample_index"), mode="r")[start:stop])

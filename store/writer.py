@@ -24,7 +24,16 @@ from .lock import locked, release_lock, take_lock
 from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
 from .schema import FORMAT, FORMAT_VERSION, GroupSchema
 
-VOLATILE = ("run_id", "created", "software", "proven", "completeness", "format", "format_version")
+VOLATILE = (
+    "run_id",
+    "created",
+    "software",
+    "proven",
+    "completeness",
+    "merged_from_parts",
+    "format",
+    "format_version",
+)
 
 
 class RunWriter:
@@ -141,7 +150,7 @@ class RunWriter:
                 if file.is_file():
                     sync(file)
                     if file.name != "zarr.json":
-                        files[file.relative_to(self.path).as_posix()] = _checksum(file)
+                        files[file.relative_to(self.path).as_posix()] = file_entry(file)
             axes = {**self.manifest.axes, group: None}
             self.manifest = replace(self.manifest, files=files, axes=axes)
 
@@ -162,7 +171,7 @@ class RunWriter:
                     if file.name == "zarr.json" or array.dtype == "string":
                         sync(file)
                     if file.name != "zarr.json":
-                        files[file.relative_to(self.path).as_posix()] = _checksum(file)
+                        files[file.relative_to(self.path).as_posix()] = file_entry(file)
                 for folder in folders:
                     sync(folder)
                 array.touched.clear()
@@ -297,6 +306,6 @@ def _draft(path: Path) -> Path:
     return draft
 
 
-def _checksum(file: Path) -> tuple[int, int]:
+def file_entry(file: Path) -> tuple[int, int]:
     data = file.read_bytes()
     return len(data), zlib.crc32(data)

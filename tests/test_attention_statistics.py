@@ -11,6 +11,8 @@ import pytest
 import torch
 import xarray as xr
 from tiny_models import Listed, llava, samples
+from zoo import ZOO
+from zoo import samples as zoo_samples
 
 from mechanistic.analysis import attention_concentration, attention_entropy, attention_mass, attention_pattern
 from mechanistic.capture.attention_rows import row_blocks
@@ -64,8 +66,7 @@ def call_of(query: Any, key: Any, **changed: Any) -> AttentionCall:
     return AttentionCall(torch.nn.Identity(), query, key, key, query.transpose(1, 2), **settings)
 
 
-@pytest.mark.parametrize("stack", ["text", "vision"])
-def test_attn_stats__equal_what_analysis_computes_from_q_and_k(run: xr.DataTree, stack: str) -> None:
+def assert_as_computed_from_q_and_k(run: xr.DataTree, stack: str) -> None:
     stored = site(run, f"{stack}/attn_stats")
     expected = xr.merge(
         [
@@ -80,6 +81,35 @@ def test_attn_stats__equal_what_analysis_computes_from_q_and_k(run: xr.DataTree,
         assert stored[name].dims == expected[name].dims
         assert stored[name].attrs["units"] == expected[name].attrs["units"]
         np.testing.assert_allclose(stored[name].values, expected[name].values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_attn_stats__equal_what_analysis_computes_from_q_and_k(run: xr.DataTree, stack: str) -> None:
+    assert_as_computed_from_q_and_k(run, stack)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "paligemma", "qwen2_5_vl", "llava_next"])
+def test_attn_stats__equal_it_whatever_the_mask(name: str, tmp_path: Path) -> None:
+    """Softcaps and sliding windows, open image blocks and prefixes, windows of an encoder, tiles."""
+    family = ZOO[name]
+    wanted = [f"{stack}.*.{each}" for stack in family.layers for each in ("attn_stats", "q", "k")]
+    wanted += [f"{stack}.*.pattern" for stack in family.layers]
+    dataset = Listed(zoo_samples(family))
+    capture_run(
+        family.build(), dataset, tmp_path / "run", sites=wanted, batch_size=3, max_new_tokens=1, quiet=True
+    )
+    run = open_run(tmp_path / "run")
+    for stack in family.layers:
+        assert_as_computed_from_q_and_k(run, stack)
+        rows, weights = site(run, f"{stack}/pattern_rows"), site(run, f"{stack}/pattern")["pattern"].values
+        rebuilt = attention_pattern(run, sample=1, stack=stack)["attention_pattern"]
+        rebuilt = rebuilt.transpose("query", "layer", "key", "head").values
+        mine = np.flatnonzero(rows["sample_index"].values == 1)
+        for row, expected in zip(mine, rebuilt, strict=True):
+            start, length, first = (int(rows[key][row]) for key in ("start", "length", "key_start"))
+            whole = np.zeros_like(expected)
+            whole[:, first : first + length] = weights[:, start : start + length]
+            np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stack", ["text", "vision"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import xarray as xr
 from PIL import Image
 from tiny_models import Listed, llava, picture, samples
 
+import mechanistic.capture.batch_job as batch_job
 import mechanistic.capture.job as job
-from mechanistic.capture.dataset import ImageError
 from mechanistic.capture.forward import to_host
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.sites import resolve_sites
 from mechanistic.capture.specification import parse_sites
-from mechanistic.store import open_run, read_manifest, site
+from mechanistic.store import RunWriter, open_run, read_manifest, site
 from mechanistic.store.errors import (
     CaptureError,
     DatasetError,
@@ -35,6 +35,14 @@ from mechanistic.store.errors import (
 
 SITES = ("text.*.resid_post[text]", "text.*.q[text]", "text.*.k", "vision.*.resid_post")
 TEXT_ONLY = replace(samples(1)[0], images=())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_windows() -> Iterator[None]:
+    """Windows of one batch, so that small runs have several."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,30 +170,24 @@ def test_capture_run__resumed_after_a_kill_equals_uninterrupted(
 
 def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commit every batch, and die while the next one is computed, without any clean-up of the job's own."""
-    monkeypatch.setattr(job, "COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(job, "keeping", lambda writer: _Nothing())
-    forward, seen = job.capture_forward, []
+    monkeypatch.setattr(batch_job, "COMMIT_SECONDS", -1.0)
+    forward, seen = batch_job.capture_forward, []
 
     def die(*args: Any, **kwargs: Any) -> Any:
         if len(seen) == batches:
+            monkeypatch.setattr(RunWriter, "commit", lambda writer: None)
             raise Killed
         seen.append(1)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(job, "capture_forward", die)
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
+    monkeypatch.setattr(batch_job, "capture_forward", die)
 
 
 def test_capture_run__interrupted_commits_the_batches_it_has(
     loaded: LoadedModel, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
-    forward, seen = job.capture_forward, []
+    forward, seen = batch_job.capture_forward, []
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
@@ -193,10 +195,10 @@ def test_capture_run__interrupted_commits_the_batches_it_has(
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(job, "capture_forward", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        capture(loaded, path)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_job, "capture_forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            capture(loaded, path)
     assert read_manifest(path).samples == 6
     capture(loaded, path)
     assert_same(whole, path)
@@ -216,7 +218,8 @@ def test_capture_run__batch_size_moves_nothing_beyond_rounding(
 def test_capture_run__finished_has_nothing_to_do(
     loaded: LoadedModel, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "prove", None)
+    monkeypatch.setattr(job, "load_model", None)
+    monkeypatch.setattr(batch_job, "prove", None)
     summary = capture(loaded, whole)
     assert (summary.captured, summary.samples) == (0, 10)
     assert "nothing to do" in summary.message()
@@ -259,38 +262,6 @@ def test_capture_run__refuses_what_is_no_run(loaded: LoadedModel, tmp_path: Path
         with pytest.raises(OutputExistsError, match="is not a run"):
             capture(loaded, path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def broken(kind: str, tmp_path: Path) -> Path:
-    path = tmp_path / "broken.png"
-    if kind == "no image":
-        path.write_text("<html>not found</html>")
-    if kind == "cut short":
-        whole = io.BytesIO()
-        picture(3).save(whole, "PNG")
-        path.write_bytes(whole.getvalue()[:400])
-    return path
-
-
-@pytest.mark.parametrize("kind", ["missing", "no image", "cut short"])
-def test_capture_run__a_broken_image_is_named_and_loses_nothing(
-    loaded: LoadedModel, whole: Path, tmp_path: Path, kind: str
-) -> None:
-    good = samples(10, images=(1, 2))
-    bad = replace(good[7], images=(broken(kind, tmp_path),))
-    with pytest.raises(ImageError, match=r"'s007'.*broken\.png"):
-        capture(loaded, tmp_path / "run", dataset=Listed((*good[:7], bad, *good[8:])))
-    assert read_manifest(tmp_path / "run").samples == 6
-    if kind == "missing":
-        capture(loaded, tmp_path / "run")
-        assert_same(whole, tmp_path / "run")
-
-
-def test_capture_run__a_processor_that_rejects_a_sample_names_it(loaded: LoadedModel, tmp_path: Path) -> None:
-    good = samples(3)
-    bad = replace(good[1], question="what is <image> ?")
-    with pytest.raises(CaptureError, match=r"'s001': .*rejects"):
-        capture(loaded, tmp_path / "run", dataset=Listed((good[0], bad, good[2])))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_probe_design__sets_stay_in_one_fold() -> None:
     for number in np.unique(laid.sets):
         assert len(np.unique(laid.fold[laid.sets == number])) == 1
     assert np.bincount(laid.fold).tolist() == [24] * 5
-    assert laid.classes == sorted(RELATIONS)
+    assert laid.classes == (sorted(RELATIONS),)
 
 
 def test_probe_design__shuffles_within_sets() -> None:
@@ -42,7 +42,7 @@ def test_probe_design__shuffles_within_sets() -> None:
     assert laid.shuffled == "samples within their set"
     for number in np.unique(laid.sets):
         rows = laid.codes[laid.sets == number]
-        assert (np.sort(rows, axis=0) == np.arange(4)[:, None]).all()
+        assert (np.sort(rows, axis=0) == np.arange(4)[:, None, None]).all()
     assert 0.15 < (laid.codes[:, 1:] == laid.codes[:, :1]).mean() < 0.35
 
 
@@ -120,7 +120,7 @@ def test_linear_probe__equals_a_scikit_learn_loop(width: int) -> None:
     for layer in range(4):
         for number in range(5):
             train, test = laid.fold != number, laid.fold == number
-            for labelling, codes in enumerate(laid.codes.T):
+            for labelling, codes in enumerate(laid.codes[..., 0].T):
                 model = make_pipeline(StandardScaler(), RidgeClassifier(0.1 * train.sum()))
                 model.fit(features[layer, train], codes[train])
                 hits[layer, test, labelling] = model.predict(features[layer, test]) == codes[test]
@@ -197,16 +197,25 @@ def test_linear_probe__errors() -> None:
         linear_probe(PLANTED, target="status")
     with pytest.raises(DataError, match="class 'above' occurs in 3 sets, but each of 5 folds"):
         linear_probe(synthetic_run(), target="relation")
-    with pytest.raises(DataError, match="'box_x0' is continuous"):
-        linear_probe(PLANTED, target="box_x0", tokens="image")
+    with pytest.raises(SpecificationError, match="'box_x0' is continuous; logistic"):
+        linear_probe(PLANTED, target="box_x0", tokens="image", method="logistic")
+    with pytest.raises(SpecificationError, match="no method 'svm'"):
+        linear_probe(PLANTED, target="relation", method="svm")  # type: ignore[arg-type]
+    with pytest.raises(SpecificationError, match="box_x0, patch_row are not all classes or all continuous"):
+        linear_probe(PLANTED, target=["box_x0", "patch_row"], tokens="image")
+    with pytest.raises(SpecificationError, match=r"penalties is \(0.0,\)"):
+        linear_probe(PLANTED, target="relation", penalties=(0,))
+    with pytest.raises(DataError, match="no value of 'group' is in two folds"):
+        linear_probe(PLANTED, target="relation", control="group")
     with pytest.raises(SpecificationError, match="folds is 2"):
         linear_probe(PLANTED, target="relation", folds=2)
     with pytest.raises(SpecificationError, match="repetitions is 0"):
         linear_probe(PLANTED, target="relation", repetitions=0)
     with pytest.raises(SpecificationError, match="no layer 9"):
         linear_probe(PLANTED, target="relation", layer=9)
-    with pytest.raises(DimensionError, match=r"these data have q \('layer', 'token', 'head', 'd_head'\)"):
-        linear_probe(PLANTED, target="relation", site="text/q")
+    stacked = site(PLANTED, "text/q").expand_dims("side", axis=2)
+    with pytest.raises(DimensionError, match=r"these data have q \('layer', 'token', 'side', 'head'"):
+        linear_probe(stacked, target="kind")
 
 
 @pytest.mark.parametrize("max_bytes", [1 << 28, 12 * 4 * 50])

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import llava
+from zoo import ZOO, samples
 
+from mechanistic.capture.batch import prepare_batch
 from mechanistic.capture.models import (
     REGISTRY,
     LoadedModel,
@@ -19,6 +21,7 @@ from mechanistic.capture.models import (
     hash_weights,
     load_model,
 )
+from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store.errors import ModelError
 
 
@@ -109,8 +112,48 @@ def test_hash_parameters__tells_models_apart() -> None:
 
 
 def test_registry__leads_somewhere() -> None:
-    assert {"spatial-tiny", "llava1.5"} <= REGISTRY.keys()
-    assert all(entry.backend == "transformers" for entry in REGISTRY.values())
+    expected = {
+        "spatial-tiny",
+        "llava1.5",
+        "llava1.6",
+        "qwen2vl",
+        "qwen2.5vl",
+        "qwen3vl",
+        "gemma3",
+        "paligemma",
+    }
+    assert expected <= REGISTRY.keys()
+    assert all(entry.repository.count("/") == (name != "spatial-tiny") for name, entry in REGISTRY.items())
+    for name, entry in REGISTRY.items():
+        assert entry.backend == ("vllm" if name.endswith("-vllm") else "transformers")
+
+
+def test_load_model__a_backend_that_is_not_there_yet_names_the_one_that_is() -> None:
+    with pytest.raises(
+        ModelError, match=r"runs on vllm, which is not available yet\.\n.*'qwen2vl', the same"
+    ):
+        load_model("qwen2vl-vllm")
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "llava_onevision", "internvl", "smolvlm", "gemma2", "paligemma"]
+)
+def test_load_model__takes_every_family_back_from_a_folder(name: str, tmp_path: Path) -> None:
+    loaded = ZOO[name].build()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    assert type(again.model) is type(loaded.model)
+    assert type(again.processor).__name__ == type(loaded.processor).__name__
+    assert again.model.config._attn_implementation == loaded.model.config._attn_implementation
+    for sample in samples(ZOO[name])[:2]:
+        batches = [
+            prepare_batch(each, [sample], 0, max_new_tokens=1, texts=TokenTexts(each.tokenizer))
+            for each in (loaded, again)
+        ]
+        assert batches[0].inputs.keys() == batches[1].inputs.keys()
+        for key, value in batches[0].inputs.items():
+            torch.testing.assert_close(batches[1].inputs[key], value, rtol=0, atol=0)
 
 
 def test_loaded_model__without_files_is_identified_by_its_parameters() -> None:

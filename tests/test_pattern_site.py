@@ -11,14 +11,21 @@ import xarray as xr
 from numpy.typing import NDArray
 from tiny_models import Listed, llava, samples
 
-import mechanistic.capture.job as job
+import mechanistic.capture.batch_job as job
 from mechanistic.analysis import attention_pattern
 from mechanistic.capture.job import capture_run, price_run
 from mechanistic.capture.models import LoadedModel
 from mechanistic.store import open_run, site
 from mechanistic.store.verify import verify_run
 
-SITES = ("text.*.pattern[last+subject]", "text.*.q", "text.*.k", "vision.1.pattern", "vision.*.q", "vision.*.k")
+SITES = (
+    "text.*.pattern[last+subject]",
+    "text.*.q",
+    "text.*.k",
+    "vision.1.pattern",
+    "vision.*.q",
+    "vision.*.k",
+)
 SETTINGS: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 2, "quiet": True}
 
 
@@ -65,9 +72,7 @@ def test_pattern__rows_are_those_rebuilt_from_q_and_k(run: xr.DataTree, stack: s
     for number in range(0, len(rows["start"]), 1 if stack == "text" else 40):
         expected = rebuilt[int(rows["sample_index"][number])]
         place = np.flatnonzero(expected["query_position"].values == int(rows["position"][number]))
-        np.testing.assert_allclose(
-            row(run, stack, number), expected.values[:, place[0]], rtol=0, atol=1e-6
-        )
+        np.testing.assert_allclose(row(run, stack, number), expected.values[:, place[0]], rtol=0, atol=1e-6)
 
 
 def test_pattern__has_the_rows_that_were_asked_for_and_nothing_between(run: xr.DataTree) -> None:

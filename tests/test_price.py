@@ -74,7 +74,7 @@ def test_progress__shows_rates_time_left_and_bytes(monkeypatch: pytest.MonkeyPat
     stream = Terminal()
     progress = Progress(100, 20, stream)
     clock[0] = 10.0
-    progress.advance(20, 4000, 3_000_000)
+    progress.advance(20, 4000, lambda: 3_000_000)
     assert progress.line() == "40/100 samples  2.0 samples/s  400 tokens/s  3.0 MB written  30 s left"
     assert stream.getvalue().startswith("\r40/100")
     progress.close(4_000_000)
@@ -88,7 +88,7 @@ def test_progress__in_a_log_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPat
     progress = Progress(100, 0, stream)
     for _ in range(40):
         clock[0] += 1
-        progress.advance(1, 10, 100)
+        progress.advance(1, 10, lambda: 100)
     progress.close(100)
     assert stream.getvalue().count("\n") == 2
     assert "\r" not in stream.getvalue()
@@ -97,7 +97,7 @@ def test_progress__in_a_log_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPat
 def test_progress__quiet_says_nothing() -> None:
     stream = io.StringIO()
     progress = Progress(2, 0, stream, quiet=True)
-    progress.advance(2, 1, 1)
+    progress.advance(2, 1, lambda: 1)
     progress.say("hello")
     progress.close(1)
     assert stream.getvalue() == ""

@@ -14,10 +14,12 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mechanistic.analysis.ridge_folds import FoldMoments, MomentRidge, RidgeProblem, RowRidge, fit_folds
+from mechanistic.analysis.penalty_choice import fit_folds, fold_pairs
+from mechanistic.analysis.ridge_folds import FoldMoments, MomentRidge, RidgeProblem, RowRidge
 
 PENALTIES = (0.01, 0.3, 5.0)
-FOLDS = 4
+FOLDS = 5
+OWNER = np.repeat([0, 1], 3)
 
 
 def problem(rows: int, width: int, classes: int = 3, labellings: int = 2) -> tuple[Any, Any, Any]:
@@ -73,16 +75,16 @@ def test_moments__survive_massive_activations() -> None:
 @pytest.mark.parametrize(("rows", "width"), [(80, 10), (24, 40)])
 def test_path__equals_scikit_learn(rows: int, width: int) -> None:
     features, targets, fold = problem(rows, width)
-    kept = np.isin(fold, [0, 2, 3])
+    kept = ~np.isin(fold, [1, 4])
     for each in both(features, targets, fold):
-        path = each.path([0, 2, 3], PENALTIES)
+        path = each.path([1, 4], PENALTIES)
         errors = path.squared_error(1)
         for place, penalty in enumerate(PENALTIES):
             expected = reference(features[kept], targets[kept], penalty)
             model = path.pick(np.full(targets.shape[1], place))
             scores = features @ model.weights + model.intercept
             np.testing.assert_allclose(scores, expected.predict(features), atol=2e-3)
-            held_out = ((targets[~kept] - expected.predict(features[~kept])) ** 2).sum(0)
+            held_out = ((targets[fold == 1] - expected.predict(features[fold == 1])) ** 2).sum(0)
             np.testing.assert_allclose(errors[place], held_out, rtol=2e-3, atol=2e-3)
 
 
@@ -90,7 +92,7 @@ def test_path__a_constant_feature_gets_no_weight() -> None:
     features, targets, fold = problem(80, 10)
     features[:, 4] = 7
     for each in both(features, targets, fold):
-        weights = each.path([0, 1, 2], PENALTIES).pick(np.zeros(6, int)).weights
+        weights = each.path([3], PENALTIES).pick(np.zeros(6, int)).weights
         assert (weights[4] == 0).all()
         assert np.isfinite(weights).all()
 
@@ -100,12 +102,13 @@ def test_fit_folds__chooses_the_penalty_without_the_held_out_fold(rows: int, wid
     """Against the nested loop written out with scikit-learn; each labelling chooses for itself."""
     features, targets, fold = problem(rows, width)
     for each in both(features, targets, fold):
-        fit = fit_folds(each, PENALTIES, classes=3)
+        fit = fit_folds(each, PENALTIES, OWNER)
         for held_out in (*range(FOLDS), None):
             train = [k for k in range(FOLDS) if k != held_out]
             errors = np.zeros((len(PENALTIES), 6))
-            for inner in train:
-                rest = np.isin(fold, [k for k in train if k != inner])
+            pairs = [pair for pair in (*fold_pairs(FOLDS), *(p[::-1] for p in fold_pairs(FOLDS)))]
+            for inner, other in [pair for pair in pairs if held_out in (None, pair[1])]:
+                rest = ~np.isin(fold, [inner, other])
                 for place, penalty in enumerate(PENALTIES):
                     model = reference(features[rest], targets[rest], penalty)
                     errors[place] += (
@@ -124,6 +127,6 @@ def test_fit_folds__chooses_the_penalty_without_the_held_out_fold(rows: int, wid
 
 def test_fit_folds__moments_and_rows_agree() -> None:
     features, targets, fold = problem(60, 20)
-    first, second = (fit_folds(each, PENALTIES, classes=3) for each in both(features, targets, fold))
+    first, second = (fit_folds(each, PENALTIES, OWNER) for each in both(features, targets, fold))
     np.testing.assert_allclose(first.weights, second.weights, atol=1e-3)
     np.testing.assert_array_equal(first.penalty, second.penalty)

@@ -65,7 +65,7 @@ def specs(draw: st.DrawFn) -> SiteSpec:
         site,
         Numbers(draw(numbers)) if site in ATTENTION_SITES else Numbers(),
         ("all",) if "all" in chosen else tuple(name for name in known if name in chosen),
-        draw(st.none() | st.sampled_from(DTYPES)),
+        draw(st.none() | st.sampled_from(["float32"] if site == "attn_stats" else DTYPES)),
     )
 
 
@@ -101,7 +101,8 @@ def test_layer_numbers__names_the_layers_that_exist() -> None:
 
 
 def test_parse_sites__takes_each_group_once() -> None:
-    assert [spec.group for spec in parse_sites(None)] == ["text/resid_post", "text/q", "text/k"]
+    groups = ["text/attn_stats", "text/resid_post", "text/q", "text/k"]
+    assert [spec.group for spec in parse_sites(None)] == groups
     side_by_side = parse_sites(["text.5.resid_post[subject]", "text.*.resid_post[last]"])
     assert [spec.group for spec in side_by_side] == ["text/resid_post", "text/resid_post_last"]
     with pytest.raises(SpecificationError, match="would both be stored as text/q"):

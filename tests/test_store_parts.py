@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_merge__continues_wherever_it_was_killed(
 
 
 def test_merge__refuses_a_full_disk_before_it_writes(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechanistic.store.merge.shutil.disk_usage", lambda path: (1, 1, 10))
+    monkeypatch.setattr("mechanistic.store.merge.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(DiskFullError, match="10 B are free"):
         merge_run(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import Context
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mechanistic.capture.batch import Batch, prepare_batch
 from mechanistic.capture.models import LoadedModel
-from mechanistic.capture.tap import NAME, AttentionCall, attention_configs, tapped
+from mechanistic.capture.tap import NAME, AttentionCall, Tap, attention_configs, tapped
 from mechanistic.capture.token_table import TokenTexts
 
 
@@ -114,3 +115,35 @@ def test_tapped__nests(loaded: LoadedModel, batch: Batch) -> None:
     assert len(outer) == 2 * len(inner)
     torch.testing.assert_close(observed, plain, rtol=0, atol=0)
     assert NAME not in implementations(loaded)
+
+
+def test_tap__comes_off_in_any_order_and_twice(loaded: LoadedModel, batch: Batch) -> None:
+    before = implementations(loaded)
+    calls: list[AttentionCall] = []
+    first, second = Tap(loaded.model, lambda call: None), Tap(loaded.model, calls.append)
+    first.remove()
+    first.remove()
+    forward(loaded, batch)
+    assert len(calls) == 5
+    second.remove()
+    assert implementations(loaded) == before
+    forward(loaded, batch)
+    assert len(calls) == 5
+
+
+def test_tap__sees_forwards_of_other_contexts(loaded: LoadedModel, batch: Batch) -> None:
+    """A cell of a notebook, or a thread, that runs the model need not be the one that attached the tap."""
+    calls: list[AttentionCall] = []
+    tap = Context().run(Tap, loaded.model, calls.append)
+    Context().run(forward, loaded, batch)
+    Context().run(tap.remove)
+    assert len(calls) == 5
+    assert NAME not in implementations(loaded)
+
+
+def test_tap__does_not_undo_a_choice_made_meanwhile(loaded: LoadedModel) -> None:
+    tap = Tap(loaded.model, lambda call: None)
+    loaded.model.set_attn_implementation("eager")
+    tap.remove()
+    assert set(implementations(loaded)) == {"eager"}
+    loaded.model.set_attn_implementation("sdpa")

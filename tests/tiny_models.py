@@ -80,7 +80,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = 1.0 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            scale = 1.0 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_rdm.py
 
 Each time is the least of three runs of the public call, from arrays in memory to the finished matrix; the
-results are compared. rsatoolbox runs as its documentation says: `calc_rdm` with descriptors, and for crossnobis
+results are compared. rsatoolbox runs as its documentation says: `calc_rdm` with descriptors, for crossnobis
 with the noise precision from `prec_from_unbalanced`. The line in brackets has no target: crossnobis without
 noise, at this size one matrix product for either side.
 """

@@ -1,0 +1,70 @@
+"""The rows that a probe reads: one array (layer, row, feature), or (layer, row, head, feature), and its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store import group, sites
+from mechanistic.store import site as site_of
+from mechanistic.store.errors import DataError, DimensionError
+
+from .splits import with_samples
+from .token_selection import select_tokens
+
+
+def probe_rows(
+    data: xr.DataTree | xr.Dataset, columns: Sequence[str], site: str, tokens: str | None
+) -> xr.Dataset:
+    """The chosen tokens of a site with these columns of their samples, their set and status; lazy."""
+    if isinstance(data, xr.Dataset):
+        return data
+    # The last prompt token, the commonest read, has a small group of its own where it was captured.
+    name = f"{site}_last" if tokens == "last" and f"{site}_last" in sites(data) else site
+    rows = site_of(data, name)
+    if name == site:
+        rows = select_tokens(rows, tokens)
+    held = group(data, "samples").variables
+    wanted = [*columns, *(name for name in ("group", "status") if name in held and name not in columns)]
+    return with_samples(rows, data, [name for name in wanted if name not in rows.variables])
+
+
+def probe_features(rows: xr.Dataset) -> xr.DataArray:
+    """The one array of activations.
+
+    Raises
+    ------
+    DimensionError  there is none, or several, or it has other dimensions.
+    """
+    arrays = [array for array in rows.data_vars.values() if array.dtype.kind == "f" and "layer" in array.dims]
+    if len(arrays) != 1 or arrays[0].ndim not in (3, 4) or arrays[0].dims[0] != "layer":
+        shapes = ", ".join(f"{array.name} {tuple(array.dims)}" for array in arrays) or "none"
+        raise DimensionError(
+            "a probe reads one array (layer, row, feature) or (layer, row, head, feature); "
+            f"these data have {shapes}.",
+            "Choose a site of residuals or of heads, such as 'text/resid_post' or 'text/z'.",
+        )
+    return arrays[0]
+
+
+def with_units(features: xr.DataArray, rows: NDArray[np.int64]) -> Any:
+    """Some rows as a dask array (layer, row, unit, feature): a unit a head, or one where there are no heads."""
+    values = da.asarray(features.isel({features.dims[1]: rows}).data)
+    return values[:, :, None] if values.ndim == 3 else values
+
+
+def require_finite(features: NDArray[Any], samples: NDArray[np.int64], layer: int) -> None:
+    """Refuse rows (row, ...) that are not finite, by sample and layer."""
+    bad = ~np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
+    if bad.any():
+        owners = np.unique(samples[bad])
+        named = ", ".join(map(str, owners[:5].tolist())) + (", ..." if len(owners) > 5 else "")
+        raise DataError(
+            f"layer {layer} holds NaN or infinity in {bad.sum()} rows, of sample {named}.",
+            "Capture these samples again (half precision overflows at 65504), or leave them out.",
+        )

@@ -1,0 +1,292 @@
+"""AttentionCache: the attention weights of chosen layers, from any implementation that the model runs on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from mechanistic.store.errors import CaptureError, SpecificationError, UsageError
+
+from .attention_rows import row_blocks
+from .hooks import ForwardInputs, Hooks, on_host, watch_inputs
+from .layer_names import attention_modules, resolve_attention
+from .tap import AttentionCall, Tap
+
+
+@dataclass
+class Attended:
+    """One run of an attention module: what it was called with, or the weights that it gave itself."""
+
+    calls: list[AttentionCall] = field(default_factory=list)
+    weights: Tensor | None = None
+
+    @property
+    def source_dtype(self) -> str:
+        """The dtype that the model attended in."""
+        seen = self.calls[0].query if self.calls else self.weights
+        assert seen is not None
+        return str(seen.dtype).removeprefix("torch.")
+
+    def pattern(self) -> Tensor:
+        """(batch, head, query, key), float32; NaN in the rows of queries that may look at no key.
+
+        An encoder that attends to its tokens in several calls gives the blocks of one pattern, 0 elsewhere.
+        """
+        if self.weights is not None:
+            return self.weights.float()
+        blocks = [_weights(call) for call in self.calls]
+        if len(blocks) == 1:
+            return blocks[0]
+        batch, heads = blocks[0].shape[:2]
+        if any(block.shape[:2] != (batch, heads) for block in blocks):
+            raise CaptureError(
+                f"{type(self.calls[0].module).__name__} attends in calls of different batches.",
+                "This architecture needs an adapter; capture q and k of another stack.",
+            )
+        whole = blocks[0].new_zeros(batch, heads, *(sum(b.shape[d] for b in blocks) for d in (2, 3)))
+        query = key = 0
+        for block in blocks:
+            whole[:, :, query : query + block.shape[2], key : key + block.shape[3]] = block
+            query, key = query + block.shape[2], key + block.shape[3]
+        return whole
+
+
+class AttentionCache:
+    """Attention weights of chosen modules, kept in host memory, forward after forward.
+
+        cache = AttentionCache()
+        cache.register_attention_hooks(model, ["layer.5"])
+        model(**inputs)
+        cache.get_attention("layer.5")  # (batch, head, query, key)
+        cache.remove_hooks()
+
+    What is kept are queries and keys; weights are rebuilt from them when asked for, so that it does not
+    matter whether the model computes any (one on flash attention computes through sdpa meanwhile). Every run of a module adds one entry: `get_attention(name)` is
+    the last, `get_attention(name, forward=0)` the first. `clear` empties the cache and leaves the hooks on.
+    `remove_hooks`, the end of a `with` block, or the end of the cache itself takes them off; what was kept
+    stays.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._removal = ExitStack()
+        self._kept: dict[str, list[Attended]] = {}
+        self._inputs: list[ForwardInputs] = []
+        # Layers share masks, which are the largest tensors here: each is copied once.
+        self._masks: list[tuple[Tensor, Tensor]] = []
+
+    def register_attention_hooks(self, model: nn.Module, layer_names: Sequence[str] | None = None) -> Hooks:
+        """Watch attention modules: all of the model, or those named.
+
+        A name is the path of an attention module or of the layer that holds one, the end of such a path, or
+        ``layer.5`` of the decoder. Hooks of an earlier registration of this cache come off first.
+
+        Raises
+        ------
+        SpecificationError    a name means no attention, or several; the message lists those that exist.
+        """
+        every = attention_modules(model)
+        paths = list(every) if layer_names is None else [resolve_attention(model, n) for n in layer_names]
+        if not paths:
+            raise SpecificationError(
+                f"{type(model).__name__} has no module that attends.",
+                "Pass the transformers model itself, such as pipeline.model.",
+            )
+        self.remove_hooks()
+        if model is not self._model:
+            self._kept, self._inputs = {}, []
+        self._model = model
+        self._kept |= {path: self._kept.get(path, []) for path in paths}
+        # Only a weak reference to the cache: one that is thrown away must not go on collecting.
+        me, of_module = weakref.ref(self), {every[path]: path for path in paths}
+        with ExitStack() as attached:
+            attached.callback(watch_inputs(model, _inputs_into(me)).remove)
+            attached.callback(Tap(model, _call_into(me, of_module)).remove)
+            for module, path in of_module.items():
+                begin, end = _begin_into(me, path), _weights_into(me, path)
+                attached.callback(module.register_forward_pre_hook(begin).remove)
+                attached.callback(module.register_forward_hook(end).remove)
+            self._removal = attached.pop_all()
+        weakref.finalize(self, self._removal.close)
+        return Hooks(paths, self._removal)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The paths of the attention modules that have been watched."""
+        return tuple(self._kept)
+
+    def get_attention(self, name: str, *, forward: int = -1) -> xr.DataArray:
+        """The attention weights of a layer, A = softmax over the allowed keys of softcap(scale * q.k).
+
+        Parameters
+        ----------
+        forward
+            Which run of the module since the last `clear`: -1 is the last.
+
+        Returns
+        -------
+        attention_pattern (batch, head, query, key), float32, share of the row.
+            NaN in the row of a query that may look at no key, such as some padding. With a cache of keys
+            (as in `generate`) the queries are the last of the keys.
+
+        Raises
+        ------
+        UsageError            nothing was registered, or the module has not run so often.
+        SpecificationError    the name means no attention module that was watched.
+        CaptureError          the module ran, and attends in a way that cannot be seen.
+        """
+        path, attended = self._attended(name, forward)
+        return xr.DataArray(
+            attended.pattern().numpy(),
+            dims=("batch", "head", "query", "key"),
+            name="attention_pattern",
+            attrs={
+                "units": "1",
+                "long_name": "attention weight",
+                "layer_name": path,
+                "source_dtype": attended.source_dtype,
+            },
+        )
+
+    def to_run(self, path: str | Path, *, processor: Any = None) -> Path:
+        """Write all forwards as a run that `open_run` reads: pattern of the layers that were watched.
+
+        Parameters
+        ----------
+        processor
+            For the texts of the tokens; without it they are empty.
+
+        Raises
+        ------
+        SpecificationError    attention outside the layers of the decoder and the encoder was watched.
+        UsageError            nothing was kept, or the forwards do not fit together.
+        OutputExistsError     something is at `path`.
+        """
+        from .cache_run import write_patterns
+
+        kept = {name: [run for run in runs if _seen(run)] for name, runs in self._kept.items()}
+        return write_patterns(Path(path), self._require_model(), kept, self._inputs, processor)
+
+    def clear(self) -> None:
+        """Forget what was kept; hooks stay on."""
+        self._kept = {path: [] for path in self._kept}
+        self._inputs, self._masks = [], []
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off; the model is exactly as it was. What was kept stays."""
+        self._removal.close()
+        self._masks = []
+
+    def __enter__(self) -> AttentionCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove_hooks()
+
+    def _attended(self, name: str, forward: int) -> tuple[str, Attended]:
+        path = name if name in self._kept else resolve_attention(self._require_model(), name)
+        if path not in self._kept:
+            raise SpecificationError(f"'{name}' is not watched.", f"Watched are: {', '.join(self._kept)}.")
+        runs = self._kept[path]
+        if not -len(runs) <= forward < len(runs):
+            raise UsageError(
+                f"'{name}' has run {len(runs)} times since it was registered or cleared; "
+                f"forward={forward} is not among them.",
+                "Run the model while the hooks are on.",
+            )
+        if not _seen(runs[forward]):
+            raise CaptureError(
+                f"'{name}' ran, and its attention was not seen: it attends by code of its own, or failed.",
+                "Watch another layer, or load the model with attn_implementation='eager'.",
+            )
+        return path, runs[forward]
+
+    def _require_model(self) -> nn.Module:
+        if self._model is None:
+            raise UsageError(
+                "This cache is not attached to a model.", "Call register_attention_hooks(model) first."
+            )
+        return self._model
+
+    def _keep_mask(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        for known, copy in self._masks:
+            if known is mask:
+                return copy
+        self._masks = [*self._masks[-1:], (mask, on_host(mask))]
+        return self._masks[-1][1]
+
+
+def _seen(attended: Attended) -> bool:
+    return bool(attended.calls) or attended.weights is not None
+
+
+def _weights(call: AttentionCall) -> Tensor:
+    """(batch, head, query, key) of one call."""
+    queries, keys = torch.arange(call.query.shape[2]), call.key.shape[2]
+    rows = [
+        torch.cat([block.weights for block in row_blocks(call, sequence, queries, keys, ahead=True)], dim=1)
+        for sequence in range(call.query.shape[0])
+    ]
+    return torch.stack(rows)
+
+
+def _inputs_into(cache: weakref.ref[AttentionCache]) -> Any:
+    def seen(inputs: ForwardInputs) -> None:
+        me = cache()
+        if me is not None:
+            me._inputs.append(inputs)
+
+    return seen
+
+
+def _begin_into(cache: weakref.ref[AttentionCache], path: str) -> Any:
+    def begin(*_: Any) -> None:
+        me = cache()
+        if me is not None:
+            me._kept[path].append(Attended())
+
+    return begin
+
+
+def _call_into(cache: weakref.ref[AttentionCache], of_module: dict[nn.Module, str]) -> Any:
+    def seen(call: AttentionCall) -> None:
+        me = cache()
+        if me is None or call.module not in of_module:
+            return
+        nothing = call.value.new_empty(0, device="cpu")
+        kept = replace(
+            call,
+            query=on_host(call.query),
+            key=on_host(call.key),
+            value=nothing,
+            output=nothing,
+            mask=me._keep_mask(call.mask),
+            sinks=None if call.sinks is None else on_host(call.sinks),
+            position_bias=None if call.position_bias is None else on_host(call.position_bias),
+        )
+        me._kept[of_module[call.module]][-1].calls.append(kept)
+
+    return seen
+
+
+def _weights_into(cache: weakref.ref[AttentionCache], path: str) -> Any:
+    """For modules that attend by code of their own and return the weights behind their output."""
+
+    def seen(_: nn.Module, args: Any, output: Any) -> None:
+        me = cache()
+        if me is None or me._kept[path][-1].calls or not isinstance(output, tuple):
+            return
+        if len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
+            me._kept[path][-1].weights = on_host(output[1])
+
+    return seen

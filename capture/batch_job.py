@@ -1,0 +1,253 @@
+"""What a job is made of: sites, samples and model resolved against each other, and captured window by window."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mechanistic.store import RunWriter
+from mechanistic.store.errors import MechanisticError, SpecificationError
+from mechanistic.store.root import open_root
+from mechanistic.store.schema import CORRECT
+
+from .answers import option_logits, option_tokens, score
+from .batch import Batch, prepare_batch
+from .batch_attempts import attempt
+from .batch_plan import batches, windows
+from .batch_rows import place_rows, split_rows
+from .dataset import Dataset, Sample
+from .failures import SampleFailure, failed_rows
+from .forward import capture_forward, site_rows
+from .interruption import Interruption
+from .models import LoadedModel
+from .outputs import holds_something
+from .parts import PartOf
+from .price import Price, price
+from .progress import Progress
+from .prompts import build_prompt
+from .proof import Proof, prove
+from .readout import build_readout
+from .run_description import CaptureSettings, run_attributes, run_groups
+from .sites import resolve_sites
+from .survey import answer_words, survey
+from .tables import Rows, image_rows, sample_rows
+from .token_table import TokenTexts, joined
+
+COMMIT_SECONDS = 60.0
+PRICE_PROBES = 4
+
+
+class Job:
+    """One job, or one part of it; everything that its batches share is made once."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        dataset: Dataset,
+        path: Path,
+        settings: CaptureSettings,
+        part: PartOf | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.dataset = dataset
+        self.root = path
+        self.settings = settings
+        self.part = part
+        self.path = part.path(path) if part else path
+        self.span = part.span(len(dataset)) if part else range(len(dataset))
+        self.sites = resolve_sites(settings.sites, loaded.anatomy, loaded.dtype)
+        self.survey = survey(dataset)
+        if not self.survey.has_images and any(site.stack.name == "vision" for site in self.sites):
+            raise SpecificationError(
+                f"Vision sites were asked for, and no sample of {dataset.name} has an image.",
+                "Ask for text sites only, or for a dataset with images.",
+            )
+        self.texts = TokenTexts(loaded.tokenizer)
+
+    def price(self) -> Price:
+        """The price from a few samples spread over the dataset, with answers as long as they may get."""
+        numbers = np.unique(np.linspace(self.span.start, self.span.stop - 1, PRICE_PROBES).astype(int))
+        probes: list[Batch] = []
+        for number in numbers.tolist():
+            try:
+                probes.append(self._prepare([number], generate=False))
+            except SampleFailure:
+                continue
+        return price(
+            self.sites, probes or [self.shown], len(self.span), self.path, images=self.settings.images
+        )
+
+    @cached_property
+    def shown(self) -> Batch:
+        """The first sample with images, or the first at all where none has, that can be captured."""
+        numbers = range(self.survey.first_with_images, len(self.dataset))
+        failure: MechanisticError | None = None
+        for number in numbers:
+            if self.survey.has_images and not self.dataset[number].images:
+                continue
+            try:
+                return self._prepare([number])
+            except SampleFailure as error:
+                failure = failure or error.error
+        assert failure is not None
+        raise failure
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What is proven on that sample before anything is kept."""
+        return prove(
+            self.loaded, self.shown, {site.stack.name for site in self.sites if site.heads is not None}
+        )
+
+    @cached_property
+    def groups(self) -> list[Any]:
+        """The schema of every growing group."""
+        return run_groups(self.sites, self.survey, self.settings, self.proof)
+
+    def open(self) -> RunWriter:
+        """Prove the model, then start the run or continue it."""
+        attributes = run_attributes(self.loaded, self.dataset, self.settings, self.proof)
+        if self.part:
+            open_root(self.root, attributes, parts=self.part.count)
+            part = self.part.attributes(len(self.dataset))
+            attributes = {**attributes, "capture": {**attributes["capture"], "part": part}}
+        if holds_something(self.path):
+            return RunWriter.resume(self.path, attributes)
+        return RunWriter.create(self.path, attributes, self.groups, samples=len(self.span))
+
+    def run(
+        self, writer: RunWriter, progress: Progress, interruption: Interruption, *, fail_fast: bool = False
+    ) -> None:
+        """Capture every sample that is not committed yet, then finish the run."""
+        if writer.samples:
+            progress.say(f"{self.path} has {writer.samples} of {len(self.span)} samples; continuing")
+        committed = time.monotonic()
+        for window in windows(self.span, self.settings.batch_size):
+            if window[0] < self.span.start + writer.samples:
+                continue
+            try:
+                pieces = self.window(window, progress, interruption, fail_fast=fail_fast)
+            except BaseException:
+                writer.commit()
+                raise
+            self.append(writer, [pieces[number] for number in window], progress)
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                writer.commit()
+                committed = time.monotonic()
+        self.put_readout(writer)
+        writer.finish()
+
+    def retry(
+        self, writer: RunWriter, sample_ids: Sequence[str], progress: Progress, interruption: Interruption
+    ) -> None:
+        """Try failed samples again and append those that succeed; all of them or, if it is killed, none."""
+        wanted = set(sample_ids)
+        numbers = [number for number in self.span if self.dataset[number].sample_id in wanted]
+        for first in range(0, len(numbers), self.settings.batch_size):
+            chosen = numbers[first : first + self.settings.batch_size]
+            pieces = self.window(chosen, progress, interruption, keep_failed=False)
+            self.append(writer, [pieces[number] for number in chosen if number in pieces], progress)
+        writer.expect(writer.samples)
+        writer.finish()
+
+    def append(self, writer: RunWriter, pieces: Sequence[Rows], progress: Progress) -> None:
+        """Put the rows of whole samples behind those that the run has."""
+        for rows in pieces:
+            before = {group.path: writer.rows(group.path) for group in self.groups}
+            writer.append(self.placed(rows, before), samples=1)
+            progress.advance(1, len(rows["tokens/text"]["position"]), lambda: writer.bytes_written)
+
+    def window(
+        self,
+        numbers: Sequence[int],
+        progress: Progress,
+        interruption: Interruption,
+        *,
+        fail_fast: bool = False,
+        keep_failed: bool = True,
+    ) -> dict[int, Rows]:
+        """The rows of these samples by number, each counted from its own 0."""
+        samples = {number: self.dataset[number] for number in numbers}
+
+        def failed(number: int, failure: SampleFailure) -> Rows:
+            if fail_fast:
+                raise failure.error
+            progress.failed += 1
+            progress.say(f"failed: {failure.what}")
+            return failed_rows(samples[number], failure.error, self.groups) if keep_failed else {}
+
+        done: dict[int, Rows] = {}
+        for batch in batches(samples, self.settings.batch_size):
+            interruption.check()
+            done |= attempt(batch, self.captured, failed, progress.say)
+        interruption.check()
+        return {number: rows for number, rows in done.items() if rows}
+
+    def captured(self, numbers: list[int]) -> list[Rows]:
+        """The rows of each of these samples, captured together; SampleFailure if one cannot be."""
+        batch = self._prepare(numbers)
+        return split_rows(self.rows(batch), len(numbers), self.groups)
+
+    def placed(self, rows: Rows, before: Mapping[str, int]) -> Rows:
+        """The rows of one sample, for a run whose groups have `before` rows already."""
+        return place_rows(rows, before, self.groups)
+
+    def rows(self, batch: Batch) -> Rows:
+        """Everything that a batch adds to the run, its pointers counted from the batch's own rows."""
+        arrays, logits = capture_forward(self.loaded, batch, self.sites, self.proof.halves, self.proof.rules)
+        tokenizer = self.loaded.tokenizer
+        # A model that reads images alone has no tokenizer; its prompts are empty.
+        predictions = [
+            tokenizer.decode(answer, skip_special_tokens=True).strip() if answer else ""
+            for answer in batch.answers
+        ]
+        options = [
+            option_tokens(tokenizer, prompt.text, sample.options if prompt.text else ())
+            for prompt, sample in zip(batch.prompts, batch.samples, strict=True)
+        ]
+        rows: Rows = {
+            "samples": sample_rows(
+                batch,
+                self.survey,
+                predictions=predictions,
+                correct=self._correct(predictions, batch.samples),
+                logits=option_logits(logits, options, self.survey.options),
+                notes=[each.note for each in options],
+            ),
+            "tokens/text": joined(batch.decoder),
+        }
+        if self.survey.has_images:
+            rows["tokens/vision"] = joined(batch.encoder)
+            rows |= image_rows(batch, 0, stored=self.settings.images)
+        for site in self.sites:
+            rows[site.label_group] = site_rows(site, batch)
+        for group, values in arrays.items():
+            rows[group] = {**values, **rows.get(group, {})}
+        return rows
+
+    def _prepare(self, numbers: Sequence[int], *, generate: bool = True) -> Batch:
+        samples = [self.dataset[number] for number in numbers]
+        limit = self.settings.max_new_tokens
+        return prepare_batch(
+            self.loaded, samples, 0, max_new_tokens=limit, generate=generate, texts=self.texts
+        )
+
+    def _correct(self, predictions: Sequence[str], samples: Sequence[Sample]) -> list[int]:
+        if not self.settings.max_new_tokens:
+            return [CORRECT["unscored"]] * len(predictions)
+        return [score(said, sample) for said, sample in zip(predictions, samples, strict=True)]
+
+    def put_readout(self, writer: RunWriter) -> None:
+        """Write what the logit lens needs, where the model has it."""
+        if "text" not in self.loaded.anatomy.stacks:
+            return
+        prompt = build_prompt(self.loaded.processor, self.shown.samples[0])
+        words = answer_words(self.loaded.tokenizer, prompt.text, self.survey.answers)
+        built = build_readout(self.loaded.anatomy, self.loaded.model, words)
+        if built is not None:
+            writer.put_static("readout", *built)

@@ -1,0 +1,128 @@
+"""The parts of a job on a dask.distributed cluster: one model a worker, a part at a time on each."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from mechanistic.store import read_manifest
+from mechanistic.store.errors import CaptureError, UsageError
+
+from .dataset import Dataset
+from .failures import failed_samples
+from .job import CaptureSummary, capture_run
+from .models import LoadedModel, load_model
+from .progress import Progress
+
+# How often a part is begun again after its worker died; it goes on where that one had committed.
+RETRIES = 3
+_LOADING = ("dtype", "device", "device_map", "attention", "revision", "trust_remote_code")
+
+
+class WorkerModel:
+    """The one model that a worker process holds, and whose turn it is to use it."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.key: Any = None
+        self.loaded: LoadedModel | None = None
+
+    def load(self, name: str, loading: dict[str, Any]) -> LoadedModel:
+        """The model, loaded on first use."""
+        key = (name, sorted(loading.items(), key=str))
+        if self.loaded is None or self.key != key:
+            self.loaded = None
+            self.loaded, self.key = load_model(name, **loading), key
+        return self.loaded
+
+
+def capture_on_cluster(
+    address: str,
+    model: str,
+    dataset: Dataset,
+    path: str | Path,
+    *,
+    parts: int,
+    quiet: bool = False,
+    log_json: bool = False,
+    **settings: Any,
+) -> CaptureSummary:
+    """Capture every part of a run on the workers of a cluster, which all see the folder `path`.
+
+    Parameters
+    ----------
+    address
+        Of the scheduler, such as tcp://host:8786.
+    settings
+        Everything else that `capture_run` takes.
+
+    Raises
+    ------
+    UsageError      the scheduler does not answer.
+    CaptureError    workers kept dying; the run continues with the same command.
+    """
+    from distributed import Client, KilledWorker, as_completed
+
+    begun = time.monotonic()
+    try:
+        client = Client(address, timeout="10s", set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as cause:
+        raise UsageError(
+            f"No dask scheduler answers at {address}.", "Start one (dask scheduler), and give its address."
+        ) from cause
+    folder = Path(path).absolute()
+    progress = Progress(len(dataset), quiet=quiet, log_json=log_json)
+    captured = 0
+    with client:
+        futures = [
+            client.submit(
+                capture_part,
+                model,
+                dataset,
+                str(folder),
+                (index, parts),
+                settings,
+                pure=False,
+                retries=RETRIES,
+            )
+            for index in range(parts)
+        ]
+        try:
+            for future in as_completed(futures, loop=client.loop):
+                done: CaptureSummary = future.result()
+                captured += done.captured
+                progress.failed += done.failed
+                progress.advance(done.captured, 0, lambda: read_manifest(folder).stored_bytes)
+        except KilledWorker as cause:
+            raise CaptureError(
+                f"Workers died again and again over one part of {path} ({cause}).",
+                "See their logs (memory?); the same command continues what is committed.",
+            ) from cause
+        finally:
+            client.cancel(futures)
+    manifest = read_manifest(folder)
+    progress.close(manifest.stored_bytes)
+    failed = len(failed_samples(folder))
+    seconds = time.monotonic() - begun
+    return CaptureSummary(Path(path), manifest.samples, captured, seconds, manifest.stored_bytes, failed)
+
+
+def capture_part(
+    model: str, dataset: Dataset, path: str, part: tuple[int, int], settings: dict[str, Any]
+) -> CaptureSummary:
+    """Capture one part, on a worker, with the worker's own model."""
+    loading = {name: settings[name] for name in _LOADING if name in settings}
+    rest = {name: value for name, value in settings.items() if name not in loading}
+    state = _worker_model()
+    # A worker with several threads still has one model, whose hooks serve one job at a time.
+    with state.turn:
+        return capture_run(state.load(model, loading), dataset, path, part=part, quiet=True, **rest)
+
+
+def _worker_model() -> WorkerModel:
+    from distributed import get_worker
+
+    state: WorkerModel = vars(get_worker()).setdefault("mechanistic_model", WorkerModel())
+    return state

@@ -1,0 +1,20 @@
+"""Memory that runs out, on a device or on the host."""
+
+from __future__ import annotations
+
+import torch
+
+_SAYS_FULL = ("out of memory", "can't allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(text in str(error) for text in _SAYS_FULL)
+
+
+def free_memory() -> None:
+    """Give what the device's allocator keeps back to it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,133 @@
+"""Parts of a job: one run whoever captured them, on one machine or on a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from tiny_models import Listed, llava, samples
+
+from mechanistic.capture.batch_plan import batches, windows
+from mechanistic.capture.cluster import capture_on_cluster
+from mechanistic.capture.job import capture_run
+from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.shapes import Shapes
+from mechanistic.store import open_run, read_manifest
+from mechanistic.store.errors import IncompleteRunError, OutputExistsError, UsageError
+from mechanistic.store.merge import merge_run
+
+DATA = Listed(samples(8, images=(1, 2)))
+SETTINGS: dict[str, Any] = {
+    "sites": ("text.*.resid_post[text]", "text.1.pattern[last]", "text.*.k"),
+    "batch_size": 2,
+    "max_new_tokens": 2,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return llava()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_windows() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", 1)
+        yield
+
+
+def assert_same(first: Path, second: Path) -> None:
+    one, other = open_run(first), open_run(second)
+    assert set(one.groups) == set(other.groups)
+    for group in one.groups:
+        if group != "/":
+            xr.testing.assert_identical(one[group].to_dataset(), other[group].to_dataset())
+
+
+def test_capture_run__parts_are_one_run_and_merge_into_that_of_one_writer(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for index in (1, 0):
+        with pytest.raises(UsageError, match="There is no part 2 of 2"):
+            capture_run(loaded, DATA, run, part=(2, 2), **SETTINGS)
+        capture_run(loaded, DATA, run, part=(index, 2), **SETTINGS)
+        if index:
+            with pytest.raises(IncompleteRunError, match="part 0 never ran"):
+                open_run(run)
+    capture_run(loaded, DATA, tmp_path / "one", **SETTINGS)
+    assert_same(tmp_path / "one", run)
+    assert capture_run(loaded, DATA, run, part=(1, 2), **SETTINGS).captured == 0
+    with pytest.raises(OutputExistsError, match="is a run in 2 parts"):
+        capture_run(loaded, DATA, run, **SETTINGS)
+    with pytest.raises(OutputExistsError, match="part.of is 2, not 4"):
+        capture_run(loaded, DATA, run, part=(1, 4), **SETTINGS)
+    merge_run(run)
+    assert_same(tmp_path / "one", run)
+    assert read_manifest(run).content_sha256() == read_manifest(tmp_path / "one").content_sha256()
+    for part in (None, (0, 2)):
+        assert capture_run(loaded, DATA, run, part=part, **SETTINGS).captured == 0
+
+
+def test_batches__are_of_similar_length_whatever_comes_before() -> None:
+    asked = samples(20, images=(2, 1))
+    planned = {
+        start: [
+            batches({n: asked[n] for n in window}, 3)
+            for window in windows(range(start, 20), 3)
+            if window[0] >= 9
+        ]
+        for start in (0, 3, 9)
+    }
+    assert planned[0] == planned[3] == planned[9]
+    for window in planned[0]:
+        assert sorted(number for batch in window for number in batch) == sorted(sum(window, []))
+    everything = batches(dict(enumerate(asked)), 10)
+    assert everything == [list(range(1, 20, 2)), list(range(0, 20, 2))]
+
+
+def test_cluster__captures_every_part_and_retries_where_a_worker_died(tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    settings = {"sites": ("text.*.k",), "batch_size": 2, "dtype": "float32"}
+    data = DyingOnce(16, tmp_path / "died")
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        done = capture_on_cluster(
+            cluster.scheduler_address, "spatial-tiny", data, tmp_path / "run", parts=4, quiet=True, **settings
+        )
+    assert (tmp_path / "died").exists()
+    assert (done.samples, done.failed) == (16, 0)
+    held = open_run(tmp_path / "run")
+    names = [Shapes(16)[number].sample_id for number in range(16)]
+    assert held["samples"]["sample_id"].values.tolist() == names
+    assert np.isfinite(held["text/k"]["k"].values).all()
+
+
+class DyingOnce(Shapes):
+    """Shapes whose 13th sample kills, once, the process that asks for it after the survey."""
+
+    def __init__(self, count: int, note: Path) -> None:
+        super().__init__(count)
+        self.note = note
+        self.asked = 0
+
+    def __getitem__(self, index: int, /) -> Any:
+        self.asked += index == 12
+        if self.asked == 2 and not self.note.exists():
+            self.note.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_cluster__names_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No dask scheduler answers"):
+        capture_on_cluster("tcp://127.0.0.1:9", "spatial-tiny", DATA, tmp_path / "run", parts=2)
