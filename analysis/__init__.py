@@ -3,6 +3,7 @@
 # The functions are imported here, not on first use: several share the name of their module, and an attribute
 # that is looked up late would be the module once anything has imported that.
 from .accuracy import accuracy
+from .apply_probe import apply_probe
 from .attention_boxes import attention_boxes
 from .attention_concentration import attention_concentration
 from .attention_distance import attention_distance
@@ -39,6 +40,7 @@ __all__ = [
     "RowStatistic",
     "accuracy",
     "align_blocks",
+    "apply_probe",
     "attention_boxes",
     "attention_concentration",
     "attention_distance",

@@ -164,9 +164,10 @@ def _one(run: xr.DataTree, name: str, folder: Path, options: Options) -> list[Pa
 
 
 def _storable(result: xr.Dataset) -> xr.Dataset:
-    """Attributes as Zarr can hold them: text for what JSON does not know."""
+    """As Zarr can hold it: strings of any length, and text for attributes that JSON does not know."""
     plain: tuple[Any, ...] = (str, int, float, bool, list, dict, type(None))
-    kept = result.copy()
+    fixed = [name for name, variable in result.variables.items() if variable.dtype.kind == "U"]
+    kept = result.assign({name: result[name].astype(object) for name in fixed})
     kept.attrs = {key: value if isinstance(value, plain) else str(value) for key, value in kept.attrs.items()}
     for variable in kept.variables.values():
         variable.encoding.clear()

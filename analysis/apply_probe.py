@@ -37,8 +37,9 @@ def apply_probe(
 ) -> xr.Dataset:
     """Accuracy, or R^2, of an already trained probe on another run or on other rows, layer by layer; lazy.
 
-    score = x . coefficient + intercept, with the directions that `linear_probe` trained on all of its rows. Rows
-    that it was trained on are not held out here: what is reported is transfer only where the rows are others.
+    score = x . coefficient + intercept, with the directions that `linear_probe` trained on all of its rows.
+    Rows that it was trained on are not held out here: what is reported is transfer only where the rows are
+    others.
 
     Parameters
     ----------
@@ -61,8 +62,8 @@ def apply_probe(
     MissingSiteError, SpecificationError
                     no such site, token selection, or layer that the probe has.
     DimensionError  no such label; a width or heads that differ; a probe without directions.
-    DataError       a class that the probe was not trained on; a target of another kind; when computed, a value
-                    that is not finite, by sample and layer.
+    DataError       a class that the probe was not trained on; a target of another kind; when computed, a
+                    value that is not finite, by sample and layer.
     """
     _require_directions(probe)
     names = as_names(target if target is not None else probe.attrs["target"])

@@ -101,7 +101,9 @@ def compare_rdms(
 def _matrices(rdm: xr.Dataset) -> xr.DataArray:
     values = rdm.get("dissimilarity")
     if values is None or values.ndim not in (2, 3) or values.dims[-2:] != ("condition", "other"):
-        held = ", ".join(f"{name} {tuple(array.dims)}" for name, array in rdm.data_vars.items())
+        held = ", ".join(
+            f"{name} ({', '.join(map(str, array.dims))})" for name, array in rdm.data_vars.items()
+        )
         raise DimensionError(
             f"comparing needs dissimilarity (layer, condition, other); there is {held or 'nothing'}.",
             "Pass what representational_dissimilarity or model_dissimilarity returns.",

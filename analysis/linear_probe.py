@@ -1,4 +1,4 @@
-"""At which layer can a label be read off linearly? Probes of every layer and head in one pass over the store."""
+"""At which layer can a label be read off linearly? Every layer and head in one pass."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ def linear_probe(
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> xr.Dataset:
-    """Cross-validated accuracy, or R^2, of a linear probe of `target` at each layer (and head), and controls; lazy.
+    """Held-out accuracy, or R^2, of linear probes of `target` at each layer (and head), with controls; lazy.
 
-    Ridge regression, W = (X'X/n + a I)^-1 X'Y/n on standardised features; of class indicators (+1, -1), of which
-    the largest score wins, or of continuous values. Every row is predicted by the probe of a fold that it was not
-    in; samples with one `group` label share a fold; the penalty a is chosen inside the training folds alone. Rows
-    are read once; twice where those of one layer exceed `max_bytes`, and for each step of ``"logistic"`` then.
+    Ridge regression, W = (X'X/n + a I)^-1 X'Y/n on standardised features; of class indicators (+1, -1), of
+    which the largest score wins, or of continuous values. Every row is predicted by the probe of a fold that
+    it was not in; samples with one `group` label share a fold; the penalty a is chosen inside the training
+    folds alone. Rows are read once; twice where those of one layer exceed `max_bytes`, and for each step of
+    ``"logistic"`` then.
 
     Parameters
     ----------
@@ -59,36 +60,39 @@ def linear_probe(
         A run; or a Dataset with one array (layer, token or sample, feature) or (layer, token or sample, head,
         feature) and, as coordinates, the target and, where samples belong together, `group`.
     target
-        A column of samples/ (relation, correct, subject_x, ...) or a label of the tokens (kind, patch_row, ...);
-        floats are continuous. Several, all of one kind, are probed in the same pass, on rows that have them all.
+        A column of samples/ (relation, correct, subject_x, ...) or a label of the tokens (kind, patch_row,
+        ...); floats are continuous. Several, all of one kind, are probed in the same pass, on rows that have
+        them all.
     site, tokens, layer
         Which rows of a run, see `select_tokens`: ``"last"``, ``"'?'"``, ``"@-2"``, ``"image"``, ...
     method
         ``"logistic"``: mean cross-entropy + a/2 |w|^2 by L-BFGS (scikit-learn's C is 1 / (a n)); its controls
         get the penalty chosen for the true labels.
     control
-        A label, such as token_text or subject, each value of which is given labels at random: Hewitt and Liang's
-        control task. Its values must recur in several sets.
+        A label, such as token_text or subject, each value of which is given labels at random: Hewitt and
+        Liang's control task. Its values must recur in several sets.
     repetitions
-        Copies of the labels shuffled within what they are alike in: within minimal-pair sets for a relation; and
-        of the control task.
+        Copies of the labels shuffled within what they are alike in: within minimal-pair sets for a relation;
+        and of the control task.
     estimator
         A scikit-learn estimator to use instead, cloned for each fit; a layer must fit `max_bytes`.
 
     Returns
     -------
-    accuracy, accuracy_low, accuracy_high (layer[, head][, target]), float64, share of rows; the interval minds
-        the sets. For continuous targets instead r2, r2_low, r2_high: 1 - sum (y - prediction)^2 / sum (y - mean)^2.
+    accuracy, accuracy_low, accuracy_high (layer[, head][, target]), float64, share of rows; the interval
+        minds the sets. For continuous targets instead r2, r2_low, r2_high: 1 - sum (y - prediction)^2 / sum
+        (y - mean)^2.
     chance ([target]), float64, share of the most frequent class; not for continuous targets.
-    shuffled_accuracy, shuffled_accuracy_low, shuffled_accuracy_high (layer[, head][, target]), float64: mean over
-        shuffled copies of the labels, and the range that holds `level` of them; or shuffled_r2, ...
-    control_accuracy, control_accuracy_low, control_accuracy_high, and selectivity = accuracy - control_accuracy,
-        likewise; with `control` only.
+    shuffled_accuracy, shuffled_accuracy_low, shuffled_accuracy_high (layer[, head][, target]), float64: mean
+        over shuffled copies of the labels, and the range that holds `level` of them; or shuffled_r2, ...
+    control_accuracy, control_accuracy_low, control_accuracy_high, and selectivity = accuracy -
+        control_accuracy, likewise; with `control` only.
     prediction (layer, row[, head][, target]), by the probe that was not trained on the row: int16, index on
         `class`; or float32, units of the target.
-    coefficient (layer[, head], class, feature), intercept (layer[, head], class), float: score = x . coefficient
-        + intercept, trained on all rows; penalty (layer[, head][, target]), float64. Not with an `estimator`. For
-        continuous targets `class` is `target`, or absent; `class_target` says whose the classes are.
+    coefficient (layer[, head], class, feature), intercept (layer[, head], class), float: score = x .
+        coefficient + intercept, trained on all rows; penalty (layer[, head][, target]), float64. Not with an
+        `estimator`. For continuous targets `class` is `target`, or absent; `class_target` says whose the
+        classes are.
     n_sample, n_row, n_set, n_excluded (), int64: excluded rows have no label or failed.
 
     Raises
@@ -96,8 +100,8 @@ def linear_probe(
     MissingSiteError, SpecificationError
                     no such site, layer or token selection; an unknown method; targets of two kinds.
     DimensionError  no such label, or the features are not one array (layer, row[, head], feature).
-    DataError       one class only, a class in fewer sets than folds, a control whose values do not recur; when
-                    computed, a value that is not finite, by sample and layer.
+    DataError       one class only, a class in fewer sets than folds, a control whose values do not recur;
+                    when computed, a value that is not finite, by sample and layer.
 
     References
     ----------

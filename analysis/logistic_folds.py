@@ -1,4 +1,4 @@
-"""Multinomial logistic regression over folds by L-BFGS: one pass over the rows serves every fold and labelling."""
+"""Multinomial logistic regression over folds by L-BFGS: one pass serves every fold and labelling."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _ROWS = 2048
 class LogisticProblem:
     """Models (m), each trained on the rows of its folds: mean cross-entropy + penalty / 2 |standardised w|^2.
 
-    `blocks` gives (first row, features (row, d)) anew for each pass; `trained` (m, fold) says which folds a model
-    sees; `labellings` how many labellings of the design it fits, the truth first.
+    `blocks` gives (first row, features (row, d)) anew for each pass; `trained` (m, fold) says which folds a
+    model sees; `labellings` how many labellings of the design it fits, the truth first.
     """
 
     blocks: Blocks
@@ -114,8 +114,8 @@ class LogisticProblem:
 def fit_logistic_folds(blocks: Blocks, design: ProbeDesign, penalties: Sequence[float]) -> FoldedFit:
     """Fit for every held-out fold and all rows; the penalty is chosen inside the training folds.
 
-    As in `fit_folds`, but by cross-entropy, and once for the true labels: the shuffled and control labels of a
-    fold get the same penalty.
+    As in `fit_folds`, but by cross-entropy, and once for the true labels: the shuffled and control labels of
+    a fold get the same penalty.
     """
     moments = _fold_moments(blocks, design)
     penalty = _choose(blocks, design, moments, penalties)
@@ -149,7 +149,8 @@ def _choose(
                     here = design.fold[rows] == partner
                     said[place, held_out] += entropy[here, number].sum(axis=0)
     every = np.concatenate([said, said.sum(axis=1, keepdims=True)], axis=1)
-    return np.asarray(penalties, np.float64)[every.argmin(axis=0)]
+    chosen: Floats = np.asarray(penalties, np.float64)[every.argmin(axis=0)]
+    return chosen
 
 
 def _fold_moments(blocks: Blocks, design: ProbeDesign) -> tuple[Floats, Floats, Floats]:

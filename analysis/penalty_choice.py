@@ -1,4 +1,4 @@
-"""Cross-validation of ridge probes: a penalty for each held-out fold, chosen inside the training folds alone."""
+"""A penalty for each held-out fold, chosen inside the training folds alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fold_pairs(folds: int) -> list[tuple[int, int]]:
 
 
 def penalty_errors(problem: RidgeProblem, penalties: Sequence[float]) -> list[Floats]:
-    """For each held-out fold what its partners say: squared errors (penalty, c) of models that saw neither."""
+    """What the partners of each held-out fold say: squared errors (penalty, c) of models that saw neither."""
     said: list[Floats] = [np.zeros((1, 1))] * problem.folds
     if len(penalties) == 1:
         return said

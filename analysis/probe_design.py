@@ -1,4 +1,4 @@
-"""What a probe is trained on and tested with: rows, labels, folds that keep sets whole, and control labels."""
+"""What a probe is trained on and tested with: rows, labels, folds that keep sets whole, controls."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .token_selection import token_axis
 class RowLabels:
     """The labelled rows of some data.
 
-    `rows` index the token (or sample) axis; `truth` (row, target) numbers the classes of each target, or holds
-    continuous values; `classes` are the names, empty for a continuous target; `sets` and `samples` say where a
-    row belongs; `excluded` rows had no label or failed.
+    `rows` index the token (or sample) axis; `truth` (row, target) numbers the classes of each target, or
+    holds continuous values; `classes` are the names, empty for a continuous target; `sets` and `samples` say
+    where a row belongs; `excluded` rows had no label or failed.
     """
 
     rows: NDArray[np.int64]
@@ -112,8 +112,8 @@ def probe_design(
     Raises
     ------
     DimensionError      there is no such label.
-    DataError           a class in fewer sets than folds, or fewer sets than folds; one class only; no value of
-                        `control` is in two folds.
+    DataError           a class in fewer sets than folds, or fewer sets than folds; one class only; no
+                        value of `control` is in two folds.
     SpecificationError  fewer than three folds, or no repetitions; targets of two kinds.
     """
     _check_options(folds, repetitions)
@@ -166,7 +166,7 @@ def _fold_of_row(held: RowLabels, folds: int, seed: int) -> NDArray[np.int16]:
     _require_sets(held.sets, "the rows are of", folds)
     rng = np.random.default_rng(seed)
     names, place = np.unique(held.sets, return_inverse=True)
-    keys = [rng.random(len(names))]
+    keys: list[NDArray[Any]] = [rng.random(len(names))]
     for column, classes in zip(held.truth.T, held.classes, strict=True):
         keys += [np.bincount(place[column == code], minlength=len(names)) for code in range(len(classes))]
     keys.append(np.bincount(place))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,13 +113,13 @@ def predict_block(block: NDArray[Any], probe: LayerFit, design: ProbeDesign, sta
 
 
 def best_scores(scores: NDArray[Any], labels: RowLabels) -> NDArray[Any]:
-    """From scores (row, labellings * columns) the class of each target, or its value (row, labelling, target)."""
+    """From scores (row, labelling * column) classes, or continuous values, (row, labelling, target)."""
     columns = sum(labels.sizes)
     scores = scores.reshape(len(scores), scores.shape[1] // columns, columns)
     if labels.continuous:
         return scores
     edges = np.cumsum([0, *labels.sizes])
-    parts = [scores[..., a:b].argmax(axis=-1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [scores[..., a:b].argmax(axis=-1) for a, b in pairwise(edges)]
     return np.stack(parts, axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""The graph of a probe: which blocks are read, fitted and predicted, layer by layer, within a bound of bytes."""
+"""The graph of a probe: which blocks are read, fitted and predicted, within a bound of bytes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train_layers(
 
 
 def row_blocks(values: Any, max_bytes: int) -> tuple[Any, NDArray[np.int64]]:
-    """Values (layer, row, unit, feature) in blocks of whole rows within `max_bytes`, and where these start."""
+    """Values (layer, row, unit, feature) in blocks of whole rows within `max_bytes`, and their first rows."""
     _, count, units, width = values.shape
     size = max(1, max_bytes // (4 * units * width))
     blocked = values.rechunk({0: 1, 1: min(size, max(1, count)), 2: -1, 3: -1})

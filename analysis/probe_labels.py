@@ -1,4 +1,4 @@
-"""The labels of a probe: what its rows are called, copies shuffled within sets, labels drawn for each word."""
+"""The labels of a probe: of its rows, copies shuffled within sets, and labels drawn for each word."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def number_labels(column: xr.DataArray, labels: NDArray[Any]) -> tuple[NDArray[A
     """
     classes = split_names(column, labels)
     if len(classes) < 2:
+        found = f"one class, {classes[0]!r}," if classes else "none"
         raise DataError(
-            f"'{column.name}' has {f'one class, {classes[0]!r},' if classes else 'none'} in {len(labels)} rows.",
+            f"'{column.name}' has {found} in {len(labels)} rows.",
             "A probe needs two classes: choose another target, or capture more samples.",
         )
     if labels.dtype.kind == "f":

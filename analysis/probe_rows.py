@@ -1,4 +1,4 @@
-"""The rows that a probe reads: one array (layer, row, feature), or (layer, row, head, feature), and its labels."""
+"""The rows that a probe reads: one array (layer, row, feature) or (layer, row, head, feature), and labels."""
 
 from __future__ import annotations
 
@@ -53,8 +53,12 @@ def probe_features(rows: xr.Dataset) -> xr.DataArray:
 
 
 def with_units(features: xr.DataArray, rows: NDArray[np.int64]) -> Any:
-    """Some rows as a dask array (layer, row, unit, feature): a unit a head, or one where there are no heads."""
-    values = da.asarray(features.isel({features.dims[1]: rows}).data)
+    """Some rows as a dask array (layer, row, unit, feature): a unit is a head; there is one without heads."""
+    chosen = features if len(rows) == features.shape[1] else features.isel({features.dims[1]: rows})
+    values = chosen.data
+    if not isinstance(values, da.Array):
+        # A name of its own: hashing the values to name them would cost as much as their products.
+        values = da.from_array(values, name=False)
     return values[:, :, None] if values.ndim == 3 else values
 
 

@@ -18,7 +18,7 @@ def resampled_similarities(
 ) -> Floats:
     """Similarities (draw,) of two matrices (condition, condition) under counts (draw, condition).
 
-    NaN for a draw in which either matrix is constant over pairs.
+    NaN for a draw in which the pairs of either matrix are all alike, where the method cannot use that.
     """
     a, b = np.array(first, np.float64), np.array(second, np.float64)
     for matrix in (a, b):
@@ -75,6 +75,10 @@ def _of_ranks(a: Floats, b: Floats, method: Method, counts: NDArray[np.int64]) -
     results = np.empty(len(counts))
     for number, draw in enumerate(counts):
         weights = (draw[rows] * draw[columns]).astype(np.float64)
+        occurring = weights > 0
+        if any(np.ptp(code[occurring]) == 0 for code in codes):
+            results[number] = np.nan
+            continue
         if method == "spearman":
             results[number] = _weighted_correlation(
                 _weighted_ranks(codes[0], weights), _weighted_ranks(codes[1], weights), weights

@@ -42,7 +42,7 @@ class Readout:
                 "this run has no readout: the model's final norm and answer words were not stored with it.",
                 "Capture it again with a model that has an unembedding, and a dataset that has answers.",
             )
-        stored = group(run, "readout").load()
+        stored = group(run, "readout").compute()
         kind = str(stored.attrs.get("norm_kind"))
         if kind not in ("rms", "layer"):
             raise FormatError(

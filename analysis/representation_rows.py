@@ -74,6 +74,12 @@ def representation_rows(
             )
     if array.dims[1] == "sample" and "sample_index" not in array.coords:
         named = named.assign_coords(sample_index=("sample", np.arange(array.sizes["sample"])))
+    held = named["representation"].variable
+    if held.chunks is not None:
+        # Labels are cut like the rows, so that what is computed from both has one chunking.
+        named = named.chunk(
+            {axis: sizes for axis, sizes in held.chunksizes.items() if axis in array.dims[1:2]}
+        )
     return select_layers(named, layer)["representation"]
 
 

@@ -1,9 +1,10 @@
 """Ridge regression over folds, from sums that one pass over the features accumulates.
 
-Every target is a column: +1 or -1 for a class, the value itself where it is continuous, for the true labels and
-for every shuffled copy at once. All that fitting, and the choice of the penalty, needs of a fold is its size,
-means and centred products X'X, X'Y, Y'Y (`FoldMoments`), and those of a union of folds follow from their parts,
-so no row is looked at twice. With fewer rows than features the same solution comes from the row-by-row products
+Every target is a column: +1 or -1 for a class, the value itself where it is continuous, for the true labels
+and for every shuffled copy at once. All that fitting, and the choice of the penalty, needs of a fold is its
+size, means and centred products X'X, X'Y, Y'Y (`FoldMoments`), and those of a union of folds follow from
+their parts, so no row is looked at twice. With fewer rows than features the same solution comes from the
+row-by-row products
 instead (`RowRidge`).
 """
 

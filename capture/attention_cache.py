@@ -69,10 +69,10 @@ class AttentionCache:
         cache.remove_hooks()
 
     What is kept are queries and keys; weights are rebuilt from them when asked for, so that it does not
-    matter whether the model computes any (one on flash attention computes through sdpa meanwhile). Every run of a module adds one entry: `get_attention(name)` is
-    the last, `get_attention(name, forward=0)` the first. `clear` empties the cache and leaves the hooks on.
-    `remove_hooks`, the end of a `with` block, or the end of the cache itself takes them off; what was kept
-    stays.
+    matter whether the model computes any. (A model on flash attention computes through sdpa meanwhile.)
+    Every run of a module adds one entry: `get_attention(name)` is the last, `get_attention(name, forward=0)`
+    the first. `clear` empties the cache and leaves the hooks on. `remove_hooks`, the end of a `with` block,
+    or the end of the cache itself takes them off; what was kept stays.
     """
 
     def __init__(self) -> None:

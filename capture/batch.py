@@ -13,7 +13,7 @@ from mechanistic.store.errors import CaptureError, MechanisticError, ModelError
 from .answers import generate_answers, pad_id
 from .coordinates import image_layout
 from .dataset import LoadedImage, Sample, load_image
-from .failures import SampleFailure, naming
+from .failures import SampleError, naming
 from .mask_rules import SequenceLayout
 from .memory import out_of_memory
 from .models import LoadedModel
@@ -70,7 +70,7 @@ def prepare_batch(
 
     Raises
     ------
-    SampleFailure    of one sample: an image is missing or broken, the processor rejects it, or its labels
+    SampleError    of one sample: an image is missing or broken, the processor rejects it, or its labels
                      cannot be established.
     CaptureError     the processor takes each sample, but not together.
     ModelError       answers are wanted of a model that writes none.
@@ -95,19 +95,10 @@ def prepare_batch(
         answers = [[0] * max_new_tokens for _ in samples]
     decoder = []
     for row, sample in enumerate(samples):
+        at, ids, offsets = start + row, encoded.ids(row), encoded.offsets[row]
+        image = loaded.anatomy.image_token_id
         with naming(row):
-            decoder.append(
-                decoder_table(
-                    sample,
-                    start + row,
-                    encoded.ids(row),
-                    answers[row],
-                    encoded.offsets[row],
-                    layouts[row],
-                    loaded.anatomy.image_token_id,
-                    texts,
-                )
-            )
+            decoder.append(decoder_table(sample, at, ids, answers[row], offsets, layouts[row], image, texts))
     return Batch(
         start=start,
         samples=list(samples),
@@ -180,13 +171,13 @@ def _encode(
             try:
                 encode_prompts(loaded.processor, [prompt], [own])
             except MechanisticError as alone:
-                raise SampleFailure(row, alone) from alone
+                raise SampleError(row, alone) from alone
             except Exception as alone:
                 error = CaptureError(
                     f"Sample {sample.sample_id!r}: the processor rejects it: {_reason(alone)}",
                     "Correct its image or question, or leave the sample out.",
                 )
-                raise SampleFailure(row, error) from alone
+                raise SampleError(row, error) from alone
         if isinstance(together, MechanisticError):
             raise
         raise CaptureError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mechanistic.store.errors import CaptureError
 
-from .failures import SampleFailure
+from .failures import SampleError
 from .memory import free_memory, out_of_memory
 from .tables import Rows
 
@@ -14,7 +14,7 @@ from .tables import Rows
 def attempt(
     numbers: Sequence[int],
     run: Callable[[list[int]], list[Rows]],
-    fail: Callable[[int, SampleFailure], Rows],
+    fail: Callable[[int, SampleError], Rows],
     say: Callable[[str], None],
 ) -> dict[int, Rows]:
     """The rows of every sample of a batch, by number.
@@ -22,7 +22,7 @@ def attempt(
     Parameters
     ----------
     run
-        Captures these samples together; SampleFailure names the one that cannot be captured.
+        Captures these samples together; SampleError names the one that cannot be captured.
     fail
         The rows of a sample that cannot be captured, or raises.
 
@@ -35,7 +35,7 @@ def attempt(
         failure, full = None, ""
         try:
             return done | dict(zip(left, run(left), strict=True))
-        except SampleFailure as error:
+        except SampleError as error:
             failure = error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

@@ -1,10 +1,10 @@
-"""What a job is made of: sites, samples and model resolved against each other, and captured window by window."""
+"""What a job is made of: sites, samples and model, resolved against each other, captured window by window."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .batch_attempts import attempt
 from .batch_plan import batches, windows
 from .batch_rows import place_rows, split_rows
 from .dataset import Dataset, Sample
-from .failures import SampleFailure, failed_rows
+from .failures import SampleError, failed_rows
 from .forward import capture_forward, site_rows
 from .interruption import Interruption
 from .models import LoadedModel
@@ -37,6 +37,7 @@ from .sites import resolve_sites
 from .survey import answer_words, survey
 from .tables import Rows, image_rows, sample_rows
 from .token_table import TokenTexts, joined
+from .write_behind import WriteBehind
 
 COMMIT_SECONDS = 60.0
 PRICE_PROBES = 4
@@ -68,6 +69,7 @@ class Job:
                 "Ask for text sites only, or for a dataset with images.",
             )
         self.texts = TokenTexts(loaded.tokenizer)
+        self._committed = 0.0
 
     def price(self) -> Price:
         """The price from a few samples spread over the dataset, with answers as long as they may get."""
@@ -76,7 +78,7 @@ class Job:
         for number in numbers.tolist():
             try:
                 probes.append(self._prepare([number], generate=False))
-            except SampleFailure:
+            except SampleError:
                 continue
         return price(
             self.sites, probes or [self.shown], len(self.span), self.path, images=self.settings.images
@@ -92,7 +94,7 @@ class Job:
                 continue
             try:
                 return self._prepare([number])
-            except SampleFailure as error:
+            except SampleError as error:
                 failure = failure or error.error
         assert failure is not None
         raise failure
@@ -126,19 +128,18 @@ class Job:
         """Capture every sample that is not committed yet, then finish the run."""
         if writer.samples:
             progress.say(f"{self.path} has {writer.samples} of {len(self.span)} samples; continuing")
-        committed = time.monotonic()
-        for window in windows(self.span, self.settings.batch_size):
-            if window[0] < self.span.start + writer.samples:
-                continue
-            try:
-                pieces = self.window(window, progress, interruption, fail_fast=fail_fast)
-            except BaseException:
-                writer.commit()
-                raise
-            self.append(writer, [pieces[number] for number in window], progress)
-            if time.monotonic() - committed > COMMIT_SECONDS:
-                writer.commit()
-                committed = time.monotonic()
+        done, self._committed = self.span.start + writer.samples, time.monotonic()
+        with WriteBehind() as behind:
+            for window in windows(self.span, self.settings.batch_size):
+                if window[0] < done:
+                    continue
+                try:
+                    pieces = self.window(window, progress, interruption, fail_fast=fail_fast)
+                except BaseException:
+                    behind.wait()
+                    writer.commit()
+                    raise
+                behind.put(partial(self._write, writer, [pieces[number] for number in window], progress))
         self.put_readout(writer)
         writer.finish()
 
@@ -154,6 +155,12 @@ class Job:
             self.append(writer, [pieces[number] for number in chosen if number in pieces], progress)
         writer.expect(writer.samples)
         writer.finish()
+
+    def _write(self, writer: RunWriter, pieces: Sequence[Rows], progress: Progress) -> None:
+        self.append(writer, pieces, progress)
+        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            writer.commit()
+            self._committed = time.monotonic()
 
     def append(self, writer: RunWriter, pieces: Sequence[Rows], progress: Progress) -> None:
         """Put the rows of whole samples behind those that the run has."""
@@ -174,7 +181,7 @@ class Job:
         """The rows of these samples by number, each counted from its own 0."""
         samples = {number: self.dataset[number] for number in numbers}
 
-        def failed(number: int, failure: SampleFailure) -> Rows:
+        def failed(number: int, failure: SampleError) -> Rows:
             if fail_fast:
                 raise failure.error
             progress.failed += 1
@@ -189,7 +196,7 @@ class Job:
         return {number: rows for number, rows in done.items() if rows}
 
     def captured(self, numbers: list[int]) -> list[Rows]:
-        """The rows of each of these samples, captured together; SampleFailure if one cannot be."""
+        """The rows of each of these samples, captured together; SampleError if one cannot be."""
         batch = self._prepare(numbers)
         return split_rows(self.rows(batch), len(numbers), self.groups)
 

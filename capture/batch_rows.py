@@ -14,7 +14,7 @@ from .tables import Rows
 
 
 def split_rows(rows: Rows, samples: int, groups: Sequence[GroupSchema]) -> list[Rows]:
-    """The rows of each of a batch's `samples`, as views; labels and pointers count from the sample's own 0."""
+    """The rows of each of a batch's `samples`, as views; labels and pointers count from its own 0."""
     edges = {group.path: _edges(rows[group.path], group, samples) for group in groups if group.path in rows}
     targets = _pointers(groups)
     for (path, _), target in targets.items():

@@ -28,8 +28,8 @@ sites: what to keep, as stack.layers.site{{heads}}[tokens]:dtype
   Default: {" ".join(repr(site) for site in DEFAULT_SITES)}
 
 an output folder that exists: an unfinished run of the same job is continued, a finished one is left as it is
-(exit code 0), anything else is refused (exit code 2). A sample that cannot be captured keeps its row, with the
-reason, and the job goes on; the exit code is then 3. SIGTERM and Ctrl-C commit what is complete first.
+(exit code 0), anything else is refused (exit code 2). A sample that cannot be captured keeps its row, with
+the reason, and the job goes on; the exit code is then 3. SIGTERM and Ctrl-C commit what is complete first.
 
 examples:
   mechanistic capture --model-name spatial-tiny --dataset shapes --num-samples 400 --output-dir run

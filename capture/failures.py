@@ -20,7 +20,7 @@ from mechanistic.store.schema import STATUS
 from .dataset import ImageError, Sample
 
 
-class SampleFailure(CaptureError):
+class SampleError(CaptureError):
     """One sample of a batch cannot be captured: `row` is its place in the batch, `error` the reason."""
 
     def __init__(self, row: int, error: MechanisticError) -> None:
@@ -34,16 +34,16 @@ def naming(row: int) -> Iterator[None]:
     """What fails inside is the fault of the sample at this place of its batch."""
     try:
         yield
-    except SampleFailure:
+    except SampleError:
         raise
     except (ImageError, CaptureError) as error:
-        raise SampleFailure(row, error) from error
+        raise SampleError(row, error) from error
 
 
 def failed_rows(
     sample: Sample, error: MechanisticError, groups: Sequence[GroupSchema]
 ) -> dict[str, dict[str, NDArray[Any]]]:
-    """What a failed sample adds to a run: its row of samples/, NaN where a group has a row a sample, no tokens."""
+    """What a failed sample adds: its row of samples/, NaN where a group has a row a sample, no tokens."""
     rows: dict[str, dict[str, NDArray[Any]]] = {}
     for group in groups:
         count = 1 if group.axis == "sample" else 0

@@ -17,6 +17,7 @@ from mechanistic.store.errors import CaptureError
 from .answers import to_device
 from .batch import Batch
 from .encoder_masks import EncoderMasks
+from .host_copies import HostCopies
 from .mask_rules import MaskRule, SequenceLayout, check_rule
 from .models import LoadedModel
 from .residual import Halves, residual_hooks
@@ -39,6 +40,7 @@ class Collector:
         self.sites = {(site.stack.name, site.spec.site): [] for site in sites}  # type: dict[tuple[str, str], list[ResolvedSite]]
         self.where: dict[str, Where] = {}
         self.arrays: dict[str, Array] = {}
+        self._copies = HostCopies()
         self._missing: set[tuple[str, int]] = set()
         self._encoder_rows = sum(len(columns["position"]) for columns in batch.encoder)
         self._encoder_seen: dict[tuple[str, int], int] = {}
@@ -82,7 +84,8 @@ class Collector:
     def _put(self, site: ResolvedSite, layer: int, where: slice, rows: Tensor) -> None:
         if site.heads is not None and len(site.heads) != rows.shape[1]:
             rows = rows[:, list(site.heads)]
-        self.arrays[site.group][site.layers.index(layer), where] = to_host(rows, site, layer)
+        target = self.arrays[site.group][site.layers.index(layer), where]
+        self._copies.put(in_stored_dtype(rows, site, layer), target)
 
     def finish(self) -> dict[str, Array]:
         """The arrays by group. CaptureError unless every wanted layer was seen."""
@@ -92,6 +95,7 @@ class Collector:
                 f"{group}: layer {layer} was not seen in the forward ({len(self._missing)} missing in all).",
                 "The model skips layers or attends by code of its own; leave this site out.",
             )
+        self._copies.finish()
         return self.arrays
 
 
@@ -108,7 +112,12 @@ def rows_of(site: ResolvedSite, batch: Batch) -> Where:
 
 
 def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
-    """Copy to numpy in the stored dtype.
+    """Copy to numpy in the stored dtype. Raises like `in_stored_dtype`."""
+    return in_stored_dtype(rows, site, layer).cpu().numpy()
+
+
+def in_stored_dtype(rows: Tensor, site: ResolvedSite, layer: int) -> Tensor:
+    """The rows in the dtype that the run keeps.
 
     CaptureError for a cast that was not asked for, or that would make a finite value infinite.
     """
@@ -125,7 +134,7 @@ def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
             "which float16 cannot hold.",
             f"Store this site as float32: {site.spec.to_string().removesuffix(':float16')}:float32.",
         )
-    return stored.cpu().numpy()
+    return stored
 
 
 def capture_forward(

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a job: the batch in hand is finished, what is complete committed, then it leaves."""
+"""SIGTERM and Ctrl-C during a job: the batch in hand is finished, what is whole committed, then it ends."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def capture_run(
     OutputExistsError     `path` holds something else than this job's run, or another process is writing it.
     SpecificationError    a site does not parse, or the model does not have it.
     ModelError            the model cannot be loaded or cannot be captured.
-    DatasetError          the dataset is broken; ImageError with `fail_fast`, the windows before are committed.
+    DatasetError          the dataset is broken; with `fail_fast` ImageError, the windows before committed.
     CaptureError          what the model computes is not what was proven.
     DiskFullError         the job does not fit, or did not.
     """

@@ -57,6 +57,10 @@ REGISTRY: Mapping[str, ModelEntry] = {
     "internvl": ModelEntry("OpenGVLab/InternVL3-8B-hf"),
     "smolvlm": ModelEntry("HuggingFaceTB/SmolVLM-Instruct"),
     "idefics3": ModelEntry("HuggingFaceM4/Idefics3-8B-Llama3"),
+    "clip": ModelEntry("openai/clip-vit-large-patch14-336"),
+    "siglip": ModelEntry("google/siglip-so400m-patch14-384"),
+    "vit": ModelEntry("google/vit-base-patch16-224"),
+    "dinov2": ModelEntry("facebook/dinov2-base"),
 }
 
 
@@ -227,7 +231,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _reads_words(folder: Path) -> bool:
-    """Whether the configuration is that of a model with a vocabulary; one that cannot be read is not excused."""
+    """Whether the configuration has a vocabulary; one that cannot be read is not excused."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import zarr
 
 from mechanistic.store import read_manifest
+from mechanistic.store.differences import differences
 from mechanistic.store.errors import OutputExistsError
 from mechanistic.store.parts import part_count
-from mechanistic.store.writer import differences
 
 from .dataset import Dataset
 
@@ -24,7 +24,7 @@ def holds_something(path: Path) -> bool:
 
 
 def is_finished(path: Path, model: str | LoadedModel, dataset: Dataset, capture: dict[str, Any]) -> bool:
-    """Whether `path` holds this very job's finished run; `capture` is what its attribute of that name would be.
+    """Whether `path` holds this very job's finished run; `capture` is its attribute of that name.
 
     OutputExistsError if it holds something else that is finished, no run, or a run in parts.
 

@@ -1,4 +1,4 @@
-"""One part of a job: a contiguous slice of the dataset, fixed by the specification, written by one process."""
+"""One part of a job: a contiguous slice of the dataset, fixed in advance, written by one process."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def encode_prompts(
 
     Raises
     ------
-    ModelError    the tokenizer cannot say which characters a token stands for.
+    ModelError      the tokenizer cannot say which characters a token stands for.
+    CaptureError    a prompt is too long for a model that reads one length only.
     """
     tokenizer = tokenizer_of(processor)
     if not getattr(tokenizer, "is_fast", False):
@@ -138,6 +139,11 @@ def encode_prompts(
     }
     mapping = inputs.pop("offset_mapping").numpy()
     width = inputs["input_ids"].shape[1]
+    if not masked and width != tokenizer.model_max_length:
+        raise CaptureError(
+            f"A prompt has {width} tokens; this model reads {tokenizer.model_max_length}.",
+            "Shorten the question, or leave the sample out.",
+        )
     lengths = inputs["attention_mask"].sum(1).numpy() if masked else np.full(len(texts), width)
     plain = tokenizer(texts, add_special_tokens=settings["add_special_tokens"], return_offsets_mapping=True)
     offsets = []

@@ -119,7 +119,12 @@ def outcome(model: Any, batch: Batch) -> np.ndarray[Any, Any]:
     """What a forward comes to: the logits; of models without any, similarities or the last hidden state."""
     output, _ = run_forward(model, batch)
     names = ("logits", "logits_per_image", "last_hidden_state")
-    found: Tensor = next(output[name] for name in names if output.get(name) is not None)
+    found: Tensor | None = next((output[name] for name in names if output.get(name) is not None), None)
+    if found is None:
+        raise ModelError(
+            f"{type(model).__name__} returns none of {', '.join(names)}, by which a change could be seen.",
+            "Load it as another class of the library, such as AutoModel.",
+        )
     result: np.ndarray[Any, Any] = found.float().cpu().numpy()
     return result
 

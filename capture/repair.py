@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 
 from mechanistic.store import RunWriter, read_manifest
+from mechanistic.store.differences import differences
 from mechanistic.store.errors import CorruptError, OutputExistsError, StoreError
 from mechanistic.store.lock import release_lock, take_lock
 from mechanistic.store.manifest import Manifest
@@ -22,13 +23,12 @@ from mechanistic.store.repair import (
     damaged_static_groups,
     put_back,
 )
-from mechanistic.store.writer import differences
 
 from .batch_attempts import attempt
 from .batch_job import Job
 from .batch_plan import batches, windows
 from .dataset import Dataset
-from .failures import SampleFailure, failed_rows
+from .failures import SampleError, failed_rows
 from .models import LoadedModel
 from .parts import PartOf
 from .run_description import CaptureSettings, run_attributes
@@ -41,7 +41,7 @@ PLACES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class RepairSummary:
-    """What was put back: arrays with their first row, the samples computed again, and whether bits are the same."""
+    """What was put back: arrays with their first row, samples computed again, whether bits are the same."""
 
     path: Path
     places: tuple[str, ...]
@@ -206,7 +206,7 @@ class Repair:
     def _window(self, window: list[int], wanted: set[int]) -> dict[int, Rows]:
         samples = {number: self.job.dataset[number] for number in window}
 
-        def failed(number: int, failure: SampleFailure) -> Rows:
+        def failed(number: int, failure: SampleError) -> Rows:
             return failed_rows(samples[number], failure.error, self.job.groups)
 
         done: dict[int, Rows] = {}

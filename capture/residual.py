@@ -231,7 +231,7 @@ class LayerProbe:
         return self._scaled_halves(pre, post)
 
     def _scaled_halves(self, pre: Tensor, post: Tensor) -> tuple[Halves, float] | None:
-        """Two children whose outputs, scaled channel by channel, lead to some child's input and on to `post`."""
+        """Two children whose outputs, scaled by channel, lead to some child's input and on to `post`."""
         outputs = {name: value for name, value in self._outputs.items() if value.shape == pre.shape}
         for reader, middle in self._inputs.items():
             if middle.shape != pre.shape or torch.equal(middle, pre):

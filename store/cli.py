@@ -33,9 +33,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     merge = commands.add_parser(
         "merge",
         help="make one plain store of a run that was captured in parts",
-        description="Make one plain store of a run that was captured in parts. Streams in bounded memory, needs "
-        "the size of the run once more on disk, continues where it was killed, and leaves a merged run as it is. "
-        "Exit code 1 while a part is missing or unfinished.",
+        description="Make one plain store of a run that was captured in parts. Streams in bounded memory, "
+        "needs the size of the run once more on disk, continues where it was killed, and leaves a merged run "
+        "as it is. Exit code 1 while a part is missing or unfinished.",
     )
     merge.add_argument("run", metavar="RUN", help="folder of a run of several parts")
     merge.add_argument(

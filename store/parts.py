@@ -162,7 +162,7 @@ def _end_to_end(held: Sequence[xr.Dataset], axis: str, manifests: Sequence[Manif
                 )
             # A variable, without the coordinates of a DataArray, which would come back unmoved.
             values = dataset[name].variable
-            shifted_values = values.where(values < 0, values + before[target])
+            shifted_values = (values + (values >= 0) * before[target]).astype(values.dtype)
             shifted_values.attrs = values.attrs
             moved = moved.assign({name: shifted_values})
         shifted.append(moved)

@@ -22,7 +22,7 @@ Rows = Mapping[str, Mapping[str, NDArray[Any]]]
 
 @dataclass
 class DamagedPlace:
-    """Rows `start` to `stop` of one array, of which a file or more is damaged; `values` are filled in again."""
+    """Rows `start` to `stop` of an array, some of them in damaged files; `values` are filled in again."""
 
     group: str
     array: str
@@ -81,8 +81,8 @@ def put_back(run: Path, manifest: Manifest, places: list[DamagedPlace]) -> tuple
     for place in places:
         if place.values is None or place.filled != place.stop - place.start:
             raise CorruptError(
-                f"{place.group}/{place.array}: {place.filled} of rows {place.start} to {place.stop} came back.",
-                "The dataset or the model is not the one that was captured; nothing of this array was changed.",
+                f"{place.group}/{place.array}: {place.filled} of {place.stop - place.start} rows came back.",
+                "Dataset or model are not what was captured; nothing of this array was changed.",
             )
         array = GrowingArray(run / place.group / place.array, place.axis, place.start)
         array.append(place.values)

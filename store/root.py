@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .differences import differences
 from .errors import OutputExistsError
 from .manifest import MANIFEST, sync
 from .parts import PARTS, root_attributes
 from .schema import FORMAT, FORMAT_VERSION
-from .writer import differences
 
 
 def open_root(run: str | Path, attributes: Mapping[str, Any], *, parts: int) -> None:

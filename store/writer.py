@@ -17,23 +17,13 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
+from .differences import differences
 from .disk import full_disk
 from .errors import OutputExistsError, StoreError
 from .growing import GrowingArray, create_array, dimensions
 from .lock import locked, release_lock, take_lock
 from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
 from .schema import FORMAT, FORMAT_VERSION, GroupSchema
-
-VOLATILE = (
-    "run_id",
-    "created",
-    "software",
-    "proven",
-    "completeness",
-    "merged_from_parts",
-    "format",
-    "format_version",
-)
 
 
 class RunWriter:
@@ -233,24 +223,6 @@ class RunWriter:
     def _each(self) -> Iterator[GrowingArray]:
         for arrays in self._arrays.values():
             yield from arrays.values()
-
-
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every attribute whose stored value is not the wanted one, as 'model.dtype is float32, not bfloat16'."""
-    found = []
-    for key in sorted(set(wanted) | (set(stored) if prefix else set())):
-        if not prefix and key in VOLATILE:
-            continue
-        old, new = stored.get(key), wanted.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif _plain(old) != _plain(new):
-            found.append(f"{prefix}{key} is {_plain(old)!r}, not {_plain(new)!r}")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _names(coords: Any) -> str:

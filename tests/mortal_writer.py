@@ -1,4 +1,4 @@
-"""A writer of the small run in a process of its own, which says in a shared byte whether it is inside a write."""
+"""A writer of the small run, in a process of its own; a shared byte says whether it is inside a write."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_apply_probe__errors() -> None:
         apply_probe(PROBE, synthetic_run(sets=30, d_model=20))
     with pytest.raises(DimensionError, match="widths and heads must agree"):
         apply_probe(PROBE, PLANTED, site="text/q")
-    with pytest.raises(DataError, match="not trained on 'correct', 'incorrect'|not trained on 'incorrect'"):
+    with pytest.raises(DataError, match="not trained on 'incorrect', 'correct'; it knows 'above'"):
         apply_probe(PROBE, PLANTED, target="correct")
     with pytest.raises(DataError, match="are 1 and of classes; box_x0 is not like that"):
         apply_probe(PROBE, PLANTED, target="box_x0", site="text/resid_post", tokens="image")

@@ -75,6 +75,10 @@ def test_capture__plan_prints_the_price_and_writes_nothing(
         (["--dataset", "imagenet"], "There is no dataset 'imagenet'"),
         (["--model-name", "gpt9"], "There is no model 'gpt9'"),
         (["--max-new-tokens", "-1"], "max_new_tokens=-1"),
+        (["--parts", "4"], "--parts goes with either --part or --scheduler"),
+        (["--part", "1"], "--parts goes with either --part or --scheduler"),
+        (["--parts", "4", "--part", "4"], "There is no part 4 of 4"),
+        (["--parts", "4", "--scheduler", "tcp://127.0.0.1:9", "--part", "1"], "--parts goes with either"),
     ],
 )
 def test_capture__wrong_usage_is_two_lines_and_exit_code_2(

@@ -17,11 +17,12 @@ from tiny_models import llava, picture
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from zoo import ZOO
 
 from mechanistic.capture.coordinates import image_layout
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.patches import Geometry, square_grid
-from mechanistic.store.errors import ModelError
+from mechanistic.store.errors import CaptureError, ModelError
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SQUARE = {"height": 64, "width": 64}
@@ -145,3 +146,30 @@ def test_image_layout__names_the_families_it_knows(loaded: LoadedModel) -> None:
 
     with pytest.raises(ModelError, match=r"'cubist'.*\n.*llava"):
         image_layout(Unknown(), loaded.processor, 64, 64)
+
+
+def test_image_layout__a_blurred_image_is_refused() -> None:
+    loaded = ZOO["llava_onevision"].build()
+    loaded.model.config.vision_aspect_ratio = "anyres_max_1"
+    with pytest.raises(CaptureError, match=r"64 x 64 pixels is blurred into fewer tokens.*\n.*down"):
+        image_layout(loaded.model, loaded.processor, 64, 64)
+    assert len(image_layout(loaded.model, loaded.processor, 64, 64, images=2).decoder) == 17
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "qwen2_vl", "idefics3"])
+def test_image_layout__model_and_processor_must_belong_together(name: str) -> None:
+    loaded = ZOO[name].build()
+    vision = loaded.model.config.vision_config
+    if name == "qwen2_vl":
+        vision.patch_size = 5
+    else:
+        vision.image_size = [40, 40] if name == "internvl" else 40
+    with pytest.raises(ModelError, match="from the same folder"):
+        image_layout(loaded.model, loaded.processor, 64, 64)
+
+
+def test_image_layout__pan_and_scan_is_refused() -> None:
+    loaded = ZOO["gemma3"].build()
+    loaded.processor.image_processor.do_pan_and_scan = True
+    with pytest.raises(ModelError, match="pan and scan"):
+        image_layout(loaded.model, loaded.processor, 64, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from tiny_models import Listed, llava, picture, samples
 
 import mechanistic.capture.batch_job as batch_job
 from mechanistic.capture.batch_attempts import attempt
-from mechanistic.capture.dataset import ImageError
+from mechanistic.capture.dataset import ImageError, open_image
 from mechanistic.capture.failures import failed_samples
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.shapes import Shapes
 from mechanistic.store import open_run, read_manifest, site
 from mechanistic.store.errors import CaptureError
 from mechanistic.store.verify import verify_run
@@ -32,6 +34,8 @@ def small_windows() -> Iterator[None]:
     """Windows of one batch, so that small runs have several."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", 1)
+        patched.setattr("mechanistic.store.layout.SHARD_BYTES", 1)
+        patched.setattr("mechanistic.store.layout.TABLE_ROWS", 2000)
         yield
 
 
@@ -157,3 +161,31 @@ def test_attempt__other_errors_are_not_caught() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         attempt([4, 5], wrong, lambda number, failure: {}, lambda text: None)
+
+
+def test_capture__exits_3_with_failed_samples_until_they_are_made_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mechanistic.analysis.cli import main
+
+    rows = []
+    for number in range(4):
+        sample = Shapes(4)[number]
+        image: Any = sample.images[0]
+        if number != 1:
+            open_image(image).save(tmp_path / f"{number}.png")
+        row = {"image": f"{number}.png", "question": sample.question, "options": list(sample.options)}
+        rows.append(json.dumps({**row, "answer": sample.answer}))
+    table = tmp_path / "questions.jsonl"
+    table.write_text("\n".join([*rows, json.dumps({"image": "0.png", "question": ""})]))
+    ask = ["capture", "--model-name", "spatial-tiny", "--dataset", str(table), "--sites", "text.*.k"]
+    ask += ["--output-dir", str(tmp_path / "run")]
+    assert main(ask) == 3
+    said = capsys.readouterr()
+    assert "1 failed, which --retry-failed tries again" in said.out
+    assert "there is no question" in said.err
+    assert "failed: Sample" in said.err
+    assert main([*ask, "--quiet"]) == 3
+    open_image(Shapes(4)[1].images[0]).save(tmp_path / "1.png")
+    assert main([*ask, "--retry-failed"]) == 0
+    assert open_run(tmp_path / "run")["samples"]["status"].values.tolist() == [0, 1, 0, 0, 0]

@@ -34,7 +34,8 @@ except KeyboardInterrupt:
 """
 ASK = ["capture", "--model-name", "spatial-tiny", "--dataset", "shapes", "--num-samples", "300"]
 SITES = ["--sites", "text.*.resid_post[text]", "text.*.k[all]", "--batch-size", "4", "--log-json"]
-SECONDS_TO_LEAVE = 20
+# A second or two on an idle machine; a machine busy with other tests is slow at everything.
+SECONDS_TO_LEAVE = 60
 
 
 def start(path: Path) -> subprocess.Popen[str]:
@@ -66,7 +67,8 @@ def test_capture__signals_commit_and_leave_within_seconds(
     path = tmp_path / "run"
     process = start(path)
     wait_until_begun(process, path)
-    time.sleep(1.5)
+    while process.poll() is None and not read_manifest(path).samples:
+        time.sleep(0.02)
     process.send_signal(number)
     process.communicate(timeout=SECONDS_TO_LEAVE)
     assert process.returncode == code

@@ -8,6 +8,7 @@ import scipy.stats
 
 from mechanistic.analysis.intervals import (
     bootstrap_interval,
+    clustered_ratio_interval,
     clustered_share_interval,
     t_interval,
     wilson_interval,
@@ -99,3 +100,27 @@ def test_intervals__errors() -> None:
         bootstrap_interval(np.ones(3), resamples=0)
     with pytest.raises(DimensionError, match="3 values but clusters of the shape"):
         bootstrap_interval(np.ones(3), clusters=np.arange(2))
+
+
+def test_clustered_ratio_interval__by_hand() -> None:
+    """r = 1/2, residuals of the clusters 1/2 and -1/2: half width t_1(0.975) sqrt(2 * 1/2) / 2."""
+    low, high = clustered_ratio_interval(np.array([1.0, 0.0]), np.ones(2), np.arange(2))
+    np.testing.assert_allclose([low, high], [0.5 - 12.7062 / 2, 0.5 + 12.7062 / 2], rtol=1e-5)
+    assert np.isnan(clustered_ratio_interval(np.ones(2), np.ones(2), np.zeros(2))).all()
+
+
+def test_clustered_ratio_interval__equal_totals_give_students_interval_over_clusters() -> None:
+    gains = np.random.default_rng(0).normal(size=(3, 40))
+    bounds = clustered_ratio_interval(gains, np.ones_like(gains), np.repeat(np.arange(10), 4))
+    np.testing.assert_allclose(bounds, t_interval(gains.reshape(3, 10, 4).mean(-1)))
+
+
+def test_clustered_ratio_interval__covers_a_ratio_of_clustered_sums() -> None:
+    rng, covered = np.random.default_rng(1), 0
+    clusters = np.repeat(np.arange(50), 4)
+    for _ in range(400):
+        totals = rng.uniform(1, 3, 200)
+        gains = totals * (0.6 + 0.3 * rng.normal(size=50)[clusters]) + 0.2 * rng.normal(size=200)
+        low, high = clustered_ratio_interval(gains, totals, clusters)
+        covered += bool(low < 0.6 < high)
+    assert 0.91 < covered / 400 < 0.98

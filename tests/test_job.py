@@ -42,6 +42,8 @@ def small_windows() -> Iterator[None]:
     """Windows of one batch, so that small runs have several."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", 1)
+        patched.setattr("mechanistic.store.layout.SHARD_BYTES", 1)
+        patched.setattr("mechanistic.store.layout.TABLE_ROWS", 2000)
         yield
 
 

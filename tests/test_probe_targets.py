@@ -23,7 +23,7 @@ ROWS = 4 * SETS
 
 
 def heads(planted: tuple[int, int] = (1, 2), seed: int = 0) -> xr.Dataset:
-    """z (layer, sample, head, d_head) with the relation in one head, and an x in another layer's last head."""
+    """z (layer, sample, head, d_head) with the relation in one head, an x in another layer's last head."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(LAYERS, ROWS, 4, 6)).astype(np.float32)
     relation = np.tile(np.arange(4), SETS)
@@ -136,7 +136,7 @@ def test_continuous__rows_without_a_value_are_left_out() -> None:
     assert int(probe["n_excluded"]) == 7
     assert int(probe["n_row"]) == ROWS - 7
     rows["subject_x"][:] = 3.0
-    with pytest.raises(DataError, match="'subject_x' has one class, 3.0,"):
+    with pytest.raises(DataError, match=r"'subject_x' has one class, 3\.0,"):
         linear_probe(rows, target="subject_x")
 
 

@@ -106,7 +106,7 @@ def test_fit_folds__chooses_the_penalty_without_the_held_out_fold(rows: int, wid
         for held_out in (*range(FOLDS), None):
             train = [k for k in range(FOLDS) if k != held_out]
             errors = np.zeros((len(PENALTIES), 6))
-            pairs = [pair for pair in (*fold_pairs(FOLDS), *(p[::-1] for p in fold_pairs(FOLDS)))]
+            pairs = [*fold_pairs(FOLDS), *(pair[::-1] for pair in fold_pairs(FOLDS))]
             for inner, other in [pair for pair in pairs if held_out in (None, pair[1])]:
                 rest = ~np.isin(fold, [inner, other])
                 for place, penalty in enumerate(PENALTIES):

@@ -4,8 +4,8 @@
 
 The rows are 4,000 samples in minimal-pair sets of four, 1,024 features whose spectrum falls as 1 / rank, as
 residual streams do, and a relation in a direction of middling variance. The peer is what a user would write:
-StandardScaler and LogisticRegression in cross_val_score with GroupKFold, layer by layer. It runs once at C = 1,
-and once with C chosen by a grid search inside each training split, which is what linear_probe always does.
+StandardScaler and LogisticRegression in cross_val_score with GroupKFold, layer by layer. It runs once at C =
+1, and once with C chosen by a grid search inside each training split, which is what linear_probe always does.
 Accuracies are compared: ours must be no more than a point below. The last lines have no target: more output
 of ours, and white features, on which the peer converges fastest.
 """
@@ -23,7 +23,7 @@ import xarray as xr
 
 from mechanistic.analysis.linear_probe import linear_probe
 
-ROWS, FEATURES, LAYERS, RUNS = 4000, 1024, 3, 3
+ROWS, FEATURES, LAYERS, RUNS = 4000, 1024, 3, 2
 TARGET = 10
 
 

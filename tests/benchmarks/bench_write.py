@@ -1,4 +1,4 @@
-"""Write engines side by side, in one run: CPU seconds a GB, the ratio to the codec alone, and memory over time.
+"""Write engines side by side in one run: CPU seconds a GB, the ratio to the codec alone, and memory.
 
 python tests/benchmarks/bench_write.py [--megabytes 256]
 """
