@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store.errors import DataError, DimensionError, SpecificationError
+from mechanistic.store.errors import DataError, SpecificationError
 
+from .probe_labels import labels_of_rows
 from .representation_rows import sample_numbers
 from .splits import row_labels, split_names
 
@@ -50,8 +51,8 @@ class Conditions:
 def conditions_of(rows: xr.DataArray, by: str | Sequence[str] | None) -> Conditions:
     """Group rows by the values of one or several labels; None makes each row a condition of its own.
 
-    Conditions are sorted by label, an enumeration's in its own order. Rows without a label ("", unscored) are
-    left out and counted.
+    Conditions are sorted by label, an enumeration's in its own order. Rows without a label ("", unscored,
+    -1, NaN) are left out and counted.
 
     Raises
     ------
@@ -62,11 +63,10 @@ def conditions_of(rows: xr.DataArray, by: str | Sequence[str] | None) -> Conditi
     if by is None:
         return _each_row(rows, axis)
     names = [by] if isinstance(by, str) else list(by)
-    columns = [_column(rows, name, axis) for name in names]
-    usable = np.ones(rows.shape[1], bool)
-    for values in columns:
-        if values.dtype.kind == "U":
-            usable &= ~np.isin(values, ["", "unscored"])
+    table = rows.coords.to_dataset()
+    found = [labels_of_rows(table, name, axis) for name in names]
+    columns = [values for values, _ in found]
+    usable = np.logical_and.reduce([known for _, known in found])
     kept = np.flatnonzero(usable)
     if not kept.size:
         raise DataError(
@@ -106,7 +106,7 @@ def partition_codes(
     DataError           a condition has no row in some partition.
     """
     if isinstance(partitions, str):
-        values = _column(rows, partitions, str(rows.dims[1]))[conditions.rows]
+        values = labels_of_rows(rows.coords.to_dataset(), partitions, str(rows.dims[1]))[0][conditions.rows]
         names, code = np.unique(values, return_inverse=True)
         count = len(names)
     else:
@@ -141,16 +141,6 @@ def _each_row(rows: xr.DataArray, axis: str) -> Conditions:
     if axis in rows.coords:
         labels["condition"] = np.asarray(rows[axis].values)
     return Conditions(np.arange(count), np.arange(count), count, labels, 0)
-
-
-def _column(rows: xr.DataArray, name: str, axis: str) -> NDArray[Any]:
-    if name not in rows.coords or rows[name].dims != (axis,):
-        held = [str(key) for key, coord in rows.coords.items() if coord.dims == (axis,)]
-        raise DimensionError(
-            f"these rows have no label '{name}'; they have {', '.join(held) or 'none'}.",
-            "Attach it as a coordinate of the rows, or pass the run and name a column of its samples.",
-        )
-    return row_labels(rows[name])
 
 
 def _dealt(

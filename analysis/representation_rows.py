@@ -74,11 +74,11 @@ def representation_rows(
             )
     if array.dims[1] == "sample" and "sample_index" not in array.coords:
         named = named.assign_coords(sample_index=("sample", np.arange(array.sizes["sample"])))
-    held = named["representation"].variable
-    if held.chunks is not None:
+    values = named["representation"].variable
+    if values.chunks is not None:
         # Labels are cut like the rows, so that what is computed from both has one chunking.
         named = named.chunk(
-            {axis: sizes for axis, sizes in held.chunksizes.items() if axis in array.dims[1:2]}
+            {axis: sizes for axis, sizes in values.chunksizes.items() if axis in array.dims[1:2]}
         )
     return select_layers(named, layer)["representation"]
 
@@ -137,7 +137,10 @@ class RowBlocks:
     def __init__(self, values: Any, max_bytes: int) -> None:
         count, width = values.shape[1:]
         size = int(np.clip(BLOCK_BYTES // (4 * max(1, width)), MIN_BLOCK_ROWS, BLOCK_ROWS))
-        self.values = da.asarray(values).rechunk({0: 1, 1: min(size, max(1, count)), 2: -1})
+        if not isinstance(values, da.Array):
+            # A name of its own: hashing the values to name them costs as much as some of their products.
+            values = da.from_array(np.asarray(values), name=False)
+        self.values = values.rechunk({0: 1, 1: min(size, max(1, count)), 2: -1})
         self.starts = [0, *np.cumsum(self.values.chunks[1]).tolist()]
         self.held = 4 * count * width <= max_bytes
         self._shared = self.values.to_delayed() if self.held else None

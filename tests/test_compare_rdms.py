@@ -9,43 +9,20 @@ import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
+from dissimilarities import METHODS, pairs, random_matrices, rdms, same_or_different
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.spatial.distance import pdist, squareform
+from scipy.spatial.distance import squareform
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from synthetic_run import synthetic_run
 
 from mechanistic.analysis import with_samples
 from mechanistic.analysis.compare_rdms import compare_rdms
 from mechanistic.analysis.model_rdms import model_dissimilarity
-from mechanistic.analysis.noise_ceiling import noise_ceiling
 from mechanistic.analysis.rdm import representational_dissimilarity
 from mechanistic.analysis.rdm_bootstrap import resampled_similarities
 from mechanistic.analysis.rdm_similarity import prepare, similarity, tau_a
 from mechanistic.store.errors import DataError, DimensionError, SpecificationError
-
-METHODS = ("spearman", "kendall", "cosine", "correlation", "whitened")
-
-
-def random_matrices(count: int, conditions: int = 8, seed: int = 0) -> np.ndarray[Any, Any]:
-    rng = np.random.default_rng(seed)
-    return np.stack(
-        [squareform(pdist(rng.normal(size=(conditions, 5)), "sqeuclidean")) for _ in range(count)]
-    )
-
-
-def rdms(values: Any, dim: str = "layer", **labels: Any) -> xr.Dataset:
-    coords = {dim: np.arange(len(values)), "condition": np.arange(values.shape[1])}
-    coords |= {name: ("condition", column) for name, column in labels.items()}
-    return xr.Dataset({"dissimilarity": ((dim, "condition", "other"), values)}, coords)
-
-
-def same_or_different(labels: Any) -> np.ndarray[Any, Any]:
-    return (np.asarray(labels)[:, None] != np.asarray(labels)[None, :]).astype(float)
-
-
-def pairs(matrix: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(matrix[np.triu_indices(len(matrix), 1)])
 
 
 def plain_similarity(a: Any, b: Any, method: str) -> float:
@@ -119,10 +96,6 @@ def test_compare_rdms__equals_rsatoolbox() -> None:
         expected = rsatoolbox.rdm.compare(*theirs, method=name)
         found = compare_rdms(rdms(left), rdms(right, "model"), method=method)  # type: ignore[arg-type]
         np.testing.assert_allclose(found["similarity"].values, expected, atol=1e-12)
-    for method, name in names.items():
-        low, high = rsatoolbox.inference.boot_noise_ceiling(theirs[1], method=name)
-        bounds = noise_ceiling(rdms(right, "repetition"), over="repetition", method=method)  # type: ignore[arg-type]
-        assert (float(bounds["ceiling_low"]), float(bounds["ceiling_high"])) == pytest.approx((low, high))
 
 
 def test_compare_rdms__layers_with_layers() -> None:
@@ -213,60 +186,6 @@ def test_compare_rdms__any_chunking_gives_the_same(
     xr.testing.assert_allclose(found.compute(), expected)
 
 
-def test_noise_ceiling__by_definition() -> None:
-    values = random_matrices(4)
-    bounds = noise_ceiling(rdms(values, "seed"), over="seed", method="correlation")
-    z = np.stack([(pairs(v) - pairs(v).mean()) / pairs(v).std() for v in values])
-    high = [np.corrcoef(z.mean(axis=0), own)[0, 1] for own in z]
-    low = [np.corrcoef(np.delete(z, k, axis=0).mean(axis=0), own)[0, 1] for k, own in enumerate(z)]
-    assert float(bounds["ceiling_high"]) == pytest.approx(np.mean(high))
-    assert float(bounds["ceiling_low"]) == pytest.approx(np.mean(low))
-    same = noise_ceiling(rdms(np.stack([values[0]] * 3), "seed"), over="seed")
-    assert (float(same["ceiling_low"]), float(same["ceiling_high"])) == pytest.approx((1, 1))
-
-
-def test_noise_ceiling__is_lazy_and_layer_by_layer() -> None:
-    values = random_matrices(6).reshape(3, 2, 8, 8)
-    data = xr.Dataset({"dissimilarity": (("seed", "layer", "condition", "other"), values)})
-    for method in METHODS:
-        eager = noise_ceiling(data, over="seed", method=method)
-        lazy = noise_ceiling(data.chunk(seed=1, condition=3), over="seed", method=method)
-        assert isinstance(lazy["ceiling_low"].data, da.Array)
-        assert eager["ceiling_low"].dims == ("layer",)
-        xr.testing.assert_allclose(lazy.compute(), eager)
-        assert (eager["ceiling_low"] <= eager["ceiling_high"]).all()
-
-
-def test_model_rdms__by_hand() -> None:
-    data = rdms(
-        random_matrices(1, 4), relation=["left", "right", "left", "left"], x=[0, 3, 0, 0], y=[0.0, 4, 0, 1]
-    )
-    models = model_dissimilarity(data, same=["relation"], distance={"place": ["x", "y"], "height": ["y"]})
-    assert models["model"].values.tolist() == ["relation", "place", "height"]
-    np.testing.assert_array_equal(models["dissimilarity"].sel(model="relation")[0], [0, 1, 0, 0])
-    np.testing.assert_allclose(models["dissimilarity"].sel(model="place")[1], [5, 0, 5, np.sqrt(18)])
-    np.testing.assert_allclose(models["dissimilarity"].sel(model="height")[3], [1, 3, 1, 0])
-    assert models["relation"].values.tolist() == ["left", "right", "left", "left"]
-    lazy = model_dissimilarity(data.chunk(), same=["relation"])
-    assert isinstance(lazy["dissimilarity"].data, da.Array)
-    xr.testing.assert_equal(lazy.compute()["dissimilarity"], models["dissimilarity"].sel(model=["relation"]))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({}, DimensionError, "no model is asked for"),
-        ({"same": ["colour"]}, DimensionError, "no label 'colour'; they have condition, word"),
-        ({"same": ["word"]}, DataError, "1 conditions have no 'word', the first is number 2"),
-        ({"distance": {"d": ["other_word"]}}, DataError, "'other_word' holds words"),
-    ],
-)
-def test_model_rdms__refuses(options: Any, error: type[Exception], text: str) -> None:
-    data = rdms(random_matrices(1, 3), word=["a", "b", ""], other_word=["a", "b", "c"])
-    with pytest.raises(error, match=text):
-        model_dissimilarity(data, **options)
-
-
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -307,20 +226,3 @@ def test_compare_rdms__refuses_what_cannot_be_compared() -> None:
         constant = np.zeros((1, 8, 8)) if method in ("cosine", "whitened") else np.ones((1, 8, 8)) * 0.1
         with pytest.raises(DataError, match="of model 0 are the same for all pairs"):
             compare_rdms(rdms(random_matrices(1)), rdms(constant, "model"), method=method)
-
-
-@pytest.mark.parametrize(
-    ("values", "over", "error", "text"),
-    [
-        (random_matrices(1), "seed", DataError, "there is one seed only"),
-        (
-            random_matrices(2),
-            "run",
-            DimensionError,
-            r"a noise ceiling needs dissimilarity \(run, condition, other\)",
-        ),
-    ],
-)
-def test_noise_ceiling__refuses(values: Any, over: str, error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
-        noise_ceiling(rdms(values, "seed"), over=over)
