@@ -25,7 +25,6 @@ def sample_image(run: xr.DataTree, sample: int, *, image: int = 0) -> Image:
     """
     import PIL.Image
 
-
     table = group(run, "images")[["sample_index", "image_index", "start", "length"]].compute()
     chosen = np.flatnonzero((table["sample_index"] == sample) & (table["image_index"] == image))
     if not chosen.size:

@@ -182,7 +182,7 @@ def test_logit_lens__options_without_a_word_have_no_number() -> None:
     assert np.isnan(lens["option_logit"].values[:, :, 3]).all()
     assert np.isfinite(lens["option_logit"].values[:, :11, :3]).all()
     np.testing.assert_allclose(lens["option_probability"].sum("option").values, 1, rtol=1e-5)
-    # `below` is the answer of every fourth sample, but an option of the last one only, beside an unknown word.
+    # `below` answers every fourth sample, but is an option of the last one only, beside an unknown word.
     unknown = np.isnan(lens["logit_gap"].values).all(axis=0)
     assert np.flatnonzero(unknown).tolist() == [3, 7, 11]
     assert np.isnan(lens["first_correct_layer"].values[[3, 7, 11]]).all()

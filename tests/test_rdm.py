@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -77,6 +78,21 @@ def test_rdm__lazy_equals_eager_and_reads_nothing_early(blocks: int) -> None:
             data=da.map_blocks(fail, data.chunk(layer=1).data, dtype=data.dtype, meta=np.empty(0))
         )
         representational_dissimilarity(unread, **options)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rdm__reads_the_chosen_layer_once(metric: Any) -> None:
+    seen: list[Any] = []
+
+    def note(block: Any, block_info: Any = None) -> Any:
+        seen.append(block_info[0]["chunk-location"])
+        return block
+
+    data = repeated().chunk(layer=1, row=10)
+    noted = data.copy(data=da.map_blocks(note, data.data, dtype=data.dtype, meta=np.empty((0, 0, 0))))
+    with dask.config.set(scheduler="synchronous"):
+        matrix(noted, metric=metric, conditions="word", layer=5)
+    assert sorted(seen) == [(1, number, 0) for number in range(5)]
 
 
 @settings(max_examples=25, deadline=None)
