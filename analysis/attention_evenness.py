@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -100,6 +101,6 @@ def _evenness(values: Any) -> NDArray[Any]:
 
 
 def _share_of_most(entropy: NDArray[Any], keys: NDArray[Any]) -> NDArray[Any]:
-    most = np.log(np.where(keys > 1, keys, np.e).astype(entropy.dtype))
+    most = np.log(np.where(keys > 1, keys, math.e).astype(entropy.dtype))
     # Rounding puts a uniform row a few ulp above log n.
     return np.where(keys > 1, np.minimum(entropy / most, 1), np.nan).astype(entropy.dtype)

@@ -227,7 +227,7 @@ def _tail(step: int, steps: int, share: float, *, least: float) -> float:
 
 
 def _descend(loss: Tensor, parameters: list[Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers:
         optimizer.step()
