@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_rdm.py
 
-Each time is the least of three runs of the public call, from arrays in memory to the finished matrix; the
+Each time is the least of five runs of the public call, from arrays in memory to the finished matrix; the
 results are compared. rsatoolbox runs as its documentation says: `calc_rdm` with descriptors, for crossnobis
 with the noise precision from `prec_from_unbalanced`. The line in brackets has no target: crossnobis without
 noise, at this size one matrix product for either side.
@@ -21,7 +21,7 @@ import xarray as xr
 
 from mechanistic.analysis.rdm import representational_dissimilarity
 
-CONDITIONS, PARTITIONS, FEATURES, RUNS = 2000, 2, 1024, 3
+CONDITIONS, PARTITIONS, FEATURES, RUNS = 2000, 2, 1024, 5
 TARGET = 10
 
 
