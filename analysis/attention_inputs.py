@@ -56,7 +56,7 @@ def attention_inputs(
             f"{key_name} holds the tokens {kept!r} only, so attention rows cannot be rebuilt.",
             f"Capture complete keys: --sites '{stack}.*.k[all]'.",
         )
-    query = _select_rows(select_layers(query, layer), tokens, sample)
+    query = select_rows(select_layers(query, layer), tokens, sample)
     numbers = np.asarray(query["layer"].values)
     if missing := sorted(set(numbers.tolist()) - set(np.asarray(key["layer"].values).tolist())):
         raise DataError(
@@ -68,7 +68,7 @@ def attention_inputs(
     return AttentionInputs(query, key, "q", "k", rules, _kv_of_head(query, key, query_name))
 
 
-def _select_rows(dataset: xr.Dataset, tokens: str | None, sample: int | Sequence[int] | None) -> xr.Dataset:
+def select_rows(dataset: xr.Dataset, tokens: str | None, sample: int | Sequence[int] | None) -> xr.Dataset:
     """Both selections in one step: taking rows twice would read blocks that hold none of the result."""
     if sample is None:
         return select_tokens(dataset, tokens)

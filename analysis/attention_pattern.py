@@ -1,4 +1,4 @@
-"""The attention weights of one sample, rebuilt exactly from its q and k."""
+"""The attention weights of one sample, rebuilt exactly from its q and k, or as they were stored."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .attention_rows import walk_rows
 from .attention_weights import PATTERN
 from .blocks import align_blocks, map_blocks
 from .mask_rules import MASK_COLUMNS, AttentionRule
+from .stored_pattern import only_stored, stored_rows
 from .token_selection import token_axis
 
 # Bounds the rows of one sample of one layer, as stored: far above any model's, since one sample is asked for.
@@ -52,35 +53,47 @@ def attention_pattern(
 
     Raises
     ------
-    MissingSiteError    the run lacks q or k.
+    MissingSiteError    the run lacks q or k, and has no stored pattern either.
     SpecificationError  a layer, head or selection that it does not hold.
     DataError           the sample has no such rows, its keys are not complete, or (when computed) not finite.
     """
     tokens = f"@{_position(query)}" if isinstance(query, int | np.integer) else query
-    inputs = _select_heads(
-        attention_inputs(run, stack=stack, tokens=tokens, layer=layer, sample=_one(sample)), head
-    )
-    blocks = align_blocks(inputs.query[inputs.query_name], inputs.key[inputs.key_name], max_bytes=_MAX_BYTES)
-    keys = blocks.key.sizes[token_axis(inputs.key)]
-    rebuilt = map_blocks(
-        partial(_pattern_kernel, rules=inputs.rules, kv_of_head=inputs.kv_of_head),
-        blocks,
-        query_columns=[name for name in MASK_COLUMNS if name in inputs.query.variables],
-        key_columns=[name for name in MASK_COLUMNS if name in inputs.key.variables],
-        shape=(inputs.query.sizes["head"], keys),
-    )
+    rows = stored_rows if only_stored(run, stack) else _rebuilt_rows
+    values, queries, keys = rows(run, stack=stack, sample=_one(sample), layer=layer, head=head, tokens=tokens)
     attrs = {"units": "1", "long_name": "attention weight"}
-    pattern = xr.Dataset({PATTERN: (("layer", "query", "head", "key"), rebuilt, attrs)})
-    pattern = pattern.assign_coords(
-        {name: inputs.query[name] for name in ("layer", "head")}
-        | _prefixed(inputs.query, "query")
-        | _prefixed(blocks.key.to_dataset(name="k"), "key")
-    )
+    pattern = values.assign_attrs(attrs).to_dataset(name=PATTERN)
+    pattern = pattern.assign_coords(_prefixed(queries, "query") | _prefixed(keys, "key"))
     pattern = pattern.transpose("layer", "head", "query", "key").assign_attrs(sample=int(sample), stack=stack)
     single = {"layer": layer, "head": head, "query": query if isinstance(query, int | np.integer) else None}
     return pattern.isel(
         {dim: 0 for dim, value in single.items() if value is not None and np.ndim(value) == 0}
     )
+
+
+def _rebuilt_rows(
+    run: xr.DataTree,
+    *,
+    stack: str,
+    sample: int,
+    layer: int | Sequence[int] | None,
+    head: int | Sequence[int] | None,
+    tokens: str | None,
+) -> tuple[xr.DataArray, xr.Dataset, xr.Dataset]:
+    """As `stored_rows` gives them, from q and k."""
+    inputs = _select_heads(
+        attention_inputs(run, stack=stack, tokens=tokens, layer=layer, sample=sample), head
+    )
+    blocks = align_blocks(inputs.query[inputs.query_name], inputs.key[inputs.key_name], max_bytes=_MAX_BYTES)
+    rebuilt = map_blocks(
+        partial(_pattern_kernel, rules=inputs.rules, kv_of_head=inputs.kv_of_head),
+        blocks,
+        query_columns=[name for name in MASK_COLUMNS if name in inputs.query.variables],
+        key_columns=[name for name in MASK_COLUMNS if name in inputs.key.variables],
+        shape=(inputs.query.sizes["head"], blocks.key.sizes[token_axis(inputs.key)]),
+    )
+    values = xr.DataArray(rebuilt, dims=("layer", "query", "head", "key"))
+    values = values.assign_coords({name: inputs.query[name] for name in ("layer", "head")})
+    return values, inputs.query, blocks.key.to_dataset(name="k")
 
 
 def _pattern_kernel(

@@ -130,7 +130,7 @@ class RowBlocks:
     """Blocks (1, row, feature) of each layer, small enough to hold a few.
 
     `of(layer)` gives the blocks of a layer to one consumer, to be opened with `open_block` inside its task.
-    While a layer's rows fit `max_bytes` all consumers share them; beyond that each reads them again, so that
+    While a layer's rows fit half of `max_bytes` all consumers share them; beyond that each reads them again, so that
     nothing is held.
     """
 
@@ -142,7 +142,8 @@ class RowBlocks:
             values = da.from_array(np.asarray(values), name=False)
         self.values = values.rechunk({0: 1, 1: min(size, max(1, count)), 2: -1})
         self.starts = [0, *np.cumsum(self.values.chunks[1]).tolist()]
-        self.held = 4 * count * width <= max_bytes
+        # The rows, and as much again that is made of them.
+        self.held = 2 * 4 * count * width <= max_bytes
         self._shared = self.values.to_delayed() if self.held else None
 
     def of(self, layer: int) -> list[Any]:

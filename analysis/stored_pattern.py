@@ -1,0 +1,74 @@
+"""Attention rows that were stored as they are, found by their start and length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from mechanistic.store import group, site, sites
+from mechanistic.store.errors import SpecificationError
+
+from .attention_inputs import select_rows
+from .token_selection import select_layers
+
+
+def only_stored(run: xr.DataTree, stack: str) -> bool:
+    """Whether a run has rows of attention, but not the q and k to rebuild them from."""
+    held = set(sites(run))
+    return f"{stack}/pattern" in held and not {f"{stack}/q", f"{stack}/k"} <= held
+
+
+def stored_rows(
+    run: xr.DataTree,
+    *,
+    stack: str,
+    sample: int,
+    layer: int | Sequence[int] | None,
+    head: int | Sequence[int] | None,
+    tokens: str | None,
+) -> tuple[xr.DataArray, xr.Dataset, xr.Dataset]:
+    """The rows of one sample (layer, query, head, key), lazy, and the labels of its queries and of its keys.
+
+    Raises
+    ------
+    MissingSiteError    the run holds no pattern.
+    SpecificationError  a layer, head or token selection that it does not hold.
+    DataError           the sample has no such rows.
+    """
+    rows = select_rows(site(run, f"{stack}/pattern_rows"), tokens, sample)
+    weights = _select_heads(select_layers(site(run, f"{stack}/pattern"), layer)["pattern"], head)
+    table = group(run, f"tokens/{stack}")
+    axis = str(table["sample_index"].dims[0])
+    keys = table.isel({axis: np.flatnonzero(table["sample_index"].values == sample)})
+    places = zip(*(rows[name].values.tolist() for name in ("start", "length", "key_start")), strict=True)
+    whole = [
+        _widened(weights.data[:, start : start + length], first, keys.sizes[axis])
+        for start, length, first in places
+    ]
+    values = xr.DataArray(da.stack(whole, axis=1), dims=("layer", "query", "head", "key"))
+    values = values.assign_coords(layer=weights["layer"], head=weights["head"])
+    labels = rows.drop_vars(["start", "length", "key_start"])
+    return values, labels, keys.set_coords([str(name) for name in keys.data_vars])
+
+
+def _widened(weights: Any, first: int, keys: int) -> Any:
+    """(layer, stored keys, head) as (layer, head, all keys): 0 where the row has no entry."""
+    after = keys - first - weights.shape[1]
+    return da.pad(weights, ((0, 0), (first, after), (0, 0))).transpose(0, 2, 1)
+
+
+def _select_heads(weights: xr.DataArray, head: int | Sequence[int] | None) -> xr.DataArray:
+    if head is None:
+        return weights
+    held = np.asarray(weights["head"].values).tolist()
+    wanted = [int(number) for number in np.atleast_1d(head)]
+    if missing := [number for number in wanted if number not in held]:
+        raise SpecificationError(
+            f"There is no head {', '.join(map(str, missing))}; there are {', '.join(map(str, held))}.",
+            "Heads are named by their number in the model, counted from 0.",
+        )
+    return weights.isel(head=[held.index(number) for number in wanted])
