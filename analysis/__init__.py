@@ -16,19 +16,27 @@ from .attention_rollout import attention_rollout, rollout_row
 from .attention_rows import AttentionRows, RowStatistic, attention_statistics
 from .attention_sparsity import attention_sparsity
 from .blocks import align_blocks, map_blocks
+from .cka import linear_cka
+from .compare_rdms import compare_rdms
 from .cross_attention import cross_attention
+from .directions import class_directions, direction_cosines, project_rows
 from .head_importance import head_importance
 from .hub_tokens import hub_tokens
 from .linear_probe import linear_probe
 from .logit_attribution import logit_attribution
+from .logit_lens import logit_lens
+from .model_rdms import model_dissimilarity
 from .plot_attention_heatmap import plot_attention_heatmap
 from .plot_attention_on_image import plot_attention_on_image
 from .plot_cross_attention_attribution import plot_cross_attention_attribution
 from .plot_head_map import plot_head_map
 from .plot_layers import plot_layers
+from .plot_logit_lens import plot_logit_lens
 from .plot_multi_head_attention import plot_multi_head_attention
 from .plot_probe import plot_probe
+from .plot_rdm import plot_rdm
 from .question_words import question_words
+from .rdm import representational_dissimilarity
 from .sample_image import sample_image
 from .splits import sample_means, summarize, with_samples
 from .text_hops import text_hops
@@ -52,20 +60,30 @@ __all__ = [
     "attention_rollout",
     "attention_sparsity",
     "attention_statistics",
+    "class_directions",
+    "compare_rdms",
     "cross_attention",
+    "direction_cosines",
     "head_importance",
     "hub_tokens",
+    "linear_cka",
     "linear_probe",
     "logit_attribution",
+    "logit_lens",
     "map_blocks",
+    "model_dissimilarity",
     "plot_attention_heatmap",
     "plot_attention_on_image",
     "plot_cross_attention_attribution",
     "plot_head_map",
     "plot_layers",
+    "plot_logit_lens",
     "plot_multi_head_attention",
     "plot_probe",
+    "plot_rdm",
+    "project_rows",
     "question_words",
+    "representational_dissimilarity",
     "rollout_row",
     "sample_image",
     "sample_means",

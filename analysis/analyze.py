@@ -20,11 +20,14 @@ from .attention_entropy import attention_entropy
 from .attention_mass import attention_mass
 from .attention_rollout import rollout_row
 from .attention_sparsity import attention_sparsity
+from .cka import linear_cka
 from .head_importance import head_importance
 from .linear_probe import linear_probe
+from .logit_lens import logit_lens
 from .plot_head_map import plot_head_map
 from .plot_layers import plot_layers
 from .plot_probe import plot_probe
+from .rdm import representational_dissimilarity
 from .splits import summarize, with_samples
 from .two_hop import two_hop
 
@@ -101,6 +104,21 @@ ANALYSES: Mapping[str, Analysis] = {
     "rollout": Analysis("attention rollout of one row", lambda run, o: rollout_row(run, tokens=o.tokens)),
     "heads": Analysis(
         "heads ranked by every criterion", lambda run, o: head_importance(run), _heads, per_sample=False
+    ),
+    "logit-lens": Analysis(
+        "probability of the right option after each layer, and its gap to the best wrong one",
+        lambda run, o: logit_lens(run, site=o.site, tokens=o.tokens)[["answer_probability", "logit_gap"]],
+        _layers,
+    ),
+    "rdm": Analysis(
+        "representational dissimilarity (correlation) of --target's values at every layer",
+        lambda run, o: representational_dissimilarity(run, conditions=o.target, site=o.site, tokens=o.tokens),
+        per_sample=False,
+    ),
+    "cka": Analysis(
+        "linear CKA of every pair of layers",
+        lambda run, o: linear_cka(run, site=o.site, tokens=o.tokens),
+        per_sample=False,
     ),
     "probe": Analysis(
         "linear probes of --target at every layer, with their controls",

@@ -41,6 +41,27 @@ def main(path: Path) -> None:
     analysis.plot_attention_on_image(analysis.sample_image(run, 0), row.squeeze())
     probe = analysis.linear_probe(run, target="relation", tokens="last").compute()
     assert float(probe["accuracy"].isel(layer=-1)) > 0.9
+    for name in (
+        "attention_distance",
+        "attention_evenness",
+        "attention_sparsity",
+        "attention_boxes",
+        "two_hop",
+        "text_hops",
+        "hub_tokens",
+        "head_importance",
+        "accuracy",
+        "logit_lens",
+        "representational_dissimilarity",
+        "linear_cka",
+    ):
+        result = getattr(analysis, name)(run).compute()
+        assert any(bool(variable.notnull().any()) for variable in result.data_vars.values()), name
+    analysis.cross_attention(run, sample=0).compute()
+    axes = analysis.class_directions(run, target="relation").compute()
+    assert axes.sizes["class"] == 4
+    lens = analysis.logit_lens(run).compute()
+    assert float(lens["lens_correct"].isel(layer=-1).mean()) > 0.9
     assert "torch" not in sys.modules
     print("no torch, and every analysis works")
 
