@@ -130,8 +130,8 @@ class RowBlocks:
     """Blocks (1, row, feature) of each layer, small enough to hold a few.
 
     `of(layer)` gives the blocks of a layer to one consumer, to be opened with `open_block` inside its task.
-    While a layer's rows fit half of `max_bytes`, all consumers share them; beyond that each reads them again, so
-    that nothing is held.
+    While a layer's rows fit half of `max_bytes`, all consumers share them; beyond that each reads them again,
+    so that nothing is held.
     """
 
     def __init__(self, values: Any, max_bytes: int) -> None:
