@@ -26,17 +26,21 @@ from .linear_probe import linear_probe
 from .logit_attribution import logit_attribution
 from .logit_lens import logit_lens
 from .model_rdms import model_dissimilarity
+from .noise_ceiling import noise_ceiling
 from .plot_attention_heatmap import plot_attention_heatmap
 from .plot_attention_on_image import plot_attention_on_image
 from .plot_cross_attention_attribution import plot_cross_attention_attribution
 from .plot_head_map import plot_head_map
 from .plot_layers import plot_layers
 from .plot_logit_lens import plot_logit_lens
+from .plot_mds import plot_mds
 from .plot_multi_head_attention import plot_multi_head_attention
 from .plot_probe import plot_probe
 from .plot_rdm import plot_rdm
+from .principal_components import principal_components
 from .question_words import question_words
 from .rdm import representational_dissimilarity
+from .rdm_store import open_dissimilarity
 from .sample_image import sample_image
 from .splits import sample_means, summarize, with_samples
 from .text_hops import text_hops
@@ -72,15 +76,19 @@ __all__ = [
     "logit_lens",
     "map_blocks",
     "model_dissimilarity",
+    "noise_ceiling",
+    "open_dissimilarity",
     "plot_attention_heatmap",
     "plot_attention_on_image",
     "plot_cross_attention_attribution",
     "plot_head_map",
     "plot_layers",
     "plot_logit_lens",
+    "plot_mds",
     "plot_multi_head_attention",
     "plot_probe",
     "plot_rdm",
+    "principal_components",
     "project_rows",
     "question_words",
     "representational_dissimilarity",

@@ -158,7 +158,7 @@ def test_walk__runs_under_a_distributed_client() -> None:
     expected = attention_entropy(RUN, tokens="last").compute()
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0"
         ) as cluster,
         distributed.Client(cluster),
     ):
