@@ -26,6 +26,8 @@ def test_noise_ceiling__by_definition() -> None:
     assert (float(same["ceiling_low"]), float(same["ceiling_high"])) == pytest.approx((1, 1))
 
 
+# The reference warns of itself.
+@pytest.mark.filterwarnings("ignore:Noise ceiling for tau based on averaged ranks:UserWarning")
 def test_noise_ceiling__equals_rsatoolbox() -> None:
     rsatoolbox = pytest.importorskip("rsatoolbox")
     values = random_matrices(3, seed=1)

@@ -78,6 +78,8 @@ def test_rdm_noise__crossnobis_is_the_mean_over_pairs_of_partitions(sessions: in
     assert (plain == plain.transpose(0, 2, 1)).all()
 
 
+# The reference warns of itself.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 def test_rdm_noise__equals_rsatoolbox() -> None:
     rsatoolbox = pytest.importorskip("rsatoolbox")
     data = repeated(conditions=7, repeats=4)
