@@ -18,7 +18,7 @@ from .attention_weights import PATTERN
 from .blocks import align_blocks, map_blocks
 from .mask_rules import MASK_COLUMNS, AttentionRule
 from .stored_pattern import only_stored, stored_rows
-from .token_selection import token_axis
+from .token_selection import head_places, token_axis
 
 # Bounds the rows of one sample of one layer, as stored: far above any model's, since one sample is asked for.
 _MAX_BYTES = 8 << 30
@@ -118,14 +118,7 @@ def _pattern_kernel(
 def _select_heads(inputs: AttentionInputs, head: int | Sequence[int] | None) -> AttentionInputs:
     if head is None:
         return inputs
-    held = [int(number) for number in np.asarray(inputs.query["head"].values)]
-    wanted = [int(number) for number in np.atleast_1d(head)]
-    if missing := [number for number in wanted if number not in held]:
-        raise SpecificationError(
-            f"There is no head {', '.join(map(str, missing))}; there are {', '.join(map(str, held))}.",
-            "Heads are named by their number in the model, counted from 0.",
-        )
-    places = [held.index(number) for number in wanted]
+    places = head_places(inputs.query["head"], head)
     return AttentionInputs(
         inputs.query.isel(head=places),
         inputs.key,

@@ -10,10 +10,9 @@ import numpy as np
 import xarray as xr
 
 from mechanistic.store import group, site, sites
-from mechanistic.store.errors import SpecificationError
 
 from .attention_inputs import select_rows
-from .token_selection import select_layers
+from .token_selection import head_places, select_layers
 
 
 def only_stored(run: xr.DataTree, stack: str) -> bool:
@@ -40,7 +39,9 @@ def stored_rows(
     DataError           the sample has no such rows.
     """
     rows = select_rows(site(run, f"{stack}/pattern_rows"), tokens, sample)
-    weights = _select_heads(select_layers(site(run, f"{stack}/pattern"), layer)["pattern"], head)
+    weights = select_layers(site(run, f"{stack}/pattern"), layer)["pattern"]
+    if head is not None:
+        weights = weights.isel(head=head_places(weights["head"], head))
     table = group(run, f"tokens/{stack}")
     axis = str(table["sample_index"].dims[0])
     keys = table.isel({axis: np.flatnonzero(table["sample_index"].values == sample)})
@@ -59,16 +60,3 @@ def _widened(weights: Any, first: int, keys: int) -> Any:
     """(layer, stored keys, head) as (layer, head, all keys): 0 where the row has no entry."""
     after = keys - first - weights.shape[1]
     return da.pad(weights, ((0, 0), (first, after), (0, 0))).transpose(0, 2, 1)
-
-
-def _select_heads(weights: xr.DataArray, head: int | Sequence[int] | None) -> xr.DataArray:
-    if head is None:
-        return weights
-    held = np.asarray(weights["head"].values).tolist()
-    wanted = [int(number) for number in np.atleast_1d(head)]
-    if missing := [number for number in wanted if number not in held]:
-        raise SpecificationError(
-            f"There is no head {', '.join(map(str, missing))}; there are {', '.join(map(str, held))}.",
-            "Heads are named by their number in the model, counted from 0.",
-        )
-    return weights.isel(head=[held.index(number) for number in wanted])

@@ -152,3 +152,20 @@ def select_layers(dataset: xr.Dataset, layer: int | Sequence[int] | None) -> xr.
             "Layers are named by their number in the model, counted from 0.",
         )
     return dataset.isel(layer=[held.index(number) for number in wanted])
+
+
+def head_places(heads: xr.DataArray, wanted: int | Sequence[int]) -> list[int]:
+    """Where the heads of these true numbers stand among those held.
+
+    Raises
+    ------
+    SpecificationError  a head that is not held.
+    """
+    held = np.asarray(heads.values).tolist()
+    numbers = [int(number) for number in np.atleast_1d(wanted)]
+    if missing := [number for number in numbers if number not in held]:
+        raise SpecificationError(
+            f"There is no head {', '.join(map(str, missing))}; there are {', '.join(map(str, held))}.",
+            "Heads are named by their number in the model, counted from 0.",
+        )
+    return [held.index(number) for number in numbers]
