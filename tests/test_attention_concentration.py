@@ -32,7 +32,8 @@ def test_attention_concentration__equals_a_sort() -> None:
 
 
 def test_attention_concentration__equals_torch_topk() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     weights = torch.softmax(torch.randn(3, 4, 20, generator=torch.Generator().manual_seed(0)), -1)
     expected = weights.topk(5, -1).values.sum(-1).numpy()
     np.testing.assert_allclose(attention_concentration(weights, k=5), expected, atol=1e-6)

@@ -52,7 +52,8 @@ def test_attention_entropy__of_patterns_equals_that_of_the_run() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_attention_entropy__takes_tensors(dtype: str) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     weights = torch.softmax(torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)), -1)
     entropy = attention_entropy(weights.to(getattr(torch, dtype), copy=True).requires_grad_())
     assert isinstance(entropy, np.ndarray)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 from mechanistic.analysis import attention_entropy, attention_mass, attention_pattern, sample_image
 from mechanistic.store import group, open_run
 
-torch = pytest.importorskip("torch")
 SAMPLES = (0, 7, 399)
 
 

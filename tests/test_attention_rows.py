@@ -42,7 +42,8 @@ def test_walk__weights_are_the_plain_definition() -> None:
 
 
 def test_walk__equals_torch_softmax() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     query, key = site(RUN, "text/q"), site(RUN, "text/k")
     rows, keys = query["sample_index"].values == 4, key["sample_index"].values == 4
     q = torch.tensor(query["q"].sel(layer=1).values[rows]).transpose(0, 1)

@@ -154,7 +154,8 @@ def test_walk__reads_only_the_layers_and_samples_asked_for() -> None:
 
 
 def test_walk__runs_under_a_distributed_client() -> None:
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     expected = attention_entropy(RUN, tokens="last").compute()
     with (
         distributed.LocalCluster(

@@ -70,7 +70,8 @@ def test_plots__the_calls_people_have_in_their_scripts(tmp_path: Path) -> None:
 
 
 def test_plots__take_tensors() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     weights = torch.tensor(WEIGHTS).to(torch.bfloat16)
     plot_attention_heatmap(weights[0])
     plot_attention_on_image(torch.rand(3, 20, 30), weights[0, 0, 0, 1:], num_patches=4)

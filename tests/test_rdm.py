@@ -246,7 +246,8 @@ def test_rdm__names_a_missing_site_and_a_wrong_shape() -> None:
 
 
 def test_rdm__runs_under_a_distributed_client(blocks: int) -> None:
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     data = repeated()
     options: dict[str, Any] = {"metric": "crossnobis", "conditions": "word", "max_bytes": blocks}
     with (

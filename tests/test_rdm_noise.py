@@ -81,7 +81,8 @@ def test_rdm_noise__crossnobis_is_the_mean_over_pairs_of_partitions(sessions: in
 # The reference warns of itself.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 def test_rdm_noise__equals_rsatoolbox() -> None:
-    rsatoolbox = pytest.importorskip("rsatoolbox")
+    import rsatoolbox
+
     data = repeated(conditions=7, repeats=4)
     found = {
         metric: matrix(data, metric=metric, conditions="word", partitions="session") for metric in METRICS
