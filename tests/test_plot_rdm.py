@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_plot_rdm__names_few_conditions_and_takes_axes() -> None:
 def test_plot_rdm__averages_what_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(49.0).reshape(7, 7)
     rdm = xr.Dataset({"dissimilarity": (("condition", "other"), values)})
-    monkeypatch.setattr("mechanistic.analysis.plot_rdm.MAX_CELLS", 4)
+    monkeypatch.setattr(sys.modules["mechanistic.analysis.plot_rdm"], "MAX_CELLS", 4)
     _, ax = plot_rdm(rdm)
     drawn = np.asarray(ax.images[0].get_array())
     assert drawn.shape == (4, 4)
