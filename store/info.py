@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from .parts import part_count, read_parts, unfinished
-from .reader import group, open_run, read_manifest
+from .reader import derived_names, group, open_run, read_manifest
 
 _PART = re.compile(r"^parts/\d+/")
 
@@ -44,6 +44,7 @@ def run_info(path: str | Path) -> dict[str, Any]:
         "format_version": attrs.pop("format_version", None),
         "created": attrs.pop("created", None),
         **{key: attrs.get(key) for key in ("model", "dataset", "capture", "proven", "licence", "software")},
+        "derived": derived_names(run),
         "groups": groups,
     }
 
@@ -79,6 +80,8 @@ def format_info(info: dict[str, Any]) -> str:
     ]
     warnings = (info["proven"] or {}).get("warnings") or []
     lines += [f"WARNING  {warning}" for warning in warnings]
+    if info["derived"]:
+        lines.append(f"derived  {', '.join(info['derived'])}")
     rows = [("group", "dimensions", "dtype", "tokens", "raw", "stored", "ratio")]
     for name, entry in info["groups"].items():
         dims = " x ".join(f"{dim} {size:,}" for dim, size in entry["dims"].items())

@@ -92,9 +92,11 @@ def consolidate(run: Path) -> None:
 
     zarr-python's own consolidation lists the root folder and warns about every file in it that is no node.
     """
-    nodes = sorted(p.parent.relative_to(run).as_posix() for p in run.rglob("zarr.json") if p.parent != run)
+    found = sorted(p.parent.relative_to(run).as_posix() for p in run.rglob("zarr.json") if p.parent != run)
+    nodes = [node for node in found if ".partial/" not in f"{node}/"]
     metadata = {node: json.loads((run / node / "zarr.json").read_bytes()) for node in nodes}
     for node in nodes:
+        metadata[node].pop("consolidated_metadata", None)
         sync(run / node / "zarr.json")
     root = json.loads((run / "zarr.json").read_bytes())
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": metadata}

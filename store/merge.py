@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from .derived import keep_derived
 from .errors import DiskFullError, IncompleteRunError, OutputExistsError
 from .growing import dimensions
 from .info import human_bytes
@@ -59,6 +60,7 @@ def merge_run(path: str | Path, output: str | Path | None = None) -> Path:
     target = Path(output) if output is not None else run / DRAFT
     if not (output is None and (run / MANIFEST).exists()):
         _write(run, parts, target)
+        keep_derived(run, target)
     if output is not None:
         return target
     _put_in_place(run)

@@ -15,6 +15,7 @@ from .location import read_file
 from .manifest import MANIFEST, Manifest
 
 PARTS = "parts"
+DERIVED = "derived"
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,23 @@ def open_parts(
         if axis is not None:
             held = [_dataset(tree, group) for tree in trees]
             nodes[f"/{group}"] = _end_to_end(held, axis, manifests)
+    nodes |= open_derived(run)
     nodes["/"] = xr.Dataset(attrs=root_attributes(run))
     tree = xr.DataTree.from_dict(nodes)
     tree.encoding["source"] = str(run)
     return tree
+
+
+def open_derived(run: str | Path) -> dict[str, xr.Dataset]:
+    """The results that were stored with a run in parts, by path; {} where there are none."""
+    try:
+        read_file(run, f"{DERIVED}/zarr.json")
+    except FileNotFoundError:
+        return {}
+    where = f"{str(run).rstrip('/')}/{DERIVED}"
+    held = xr.open_datatree(where, engine="zarr", consolidated=True, chunks=None, cache=False)
+    named = {node.path.strip("/"): node.to_dataset(inherit=False) for node in held.subtree}
+    return {f"/{DERIVED}/{name}": result.chunk() for name, result in named.items() if name}
 
 
 def _dataset(tree: xr.DataTree, group: str) -> xr.Dataset:

@@ -13,7 +13,7 @@ from .errors import FormatError, IncompleteRunError, MissingSiteError, UsageErro
 from .growing import dimensions
 from .location import is_url, read_file
 from .manifest import MANIFEST, Manifest
-from .parts import combined_manifest, open_parts, part_count, read_parts
+from .parts import DERIVED, combined_manifest, open_parts, part_count, read_parts
 from .schema import FORMAT, FORMAT_VERSION
 
 STACKS = ("text", "vision", "qformer")
@@ -96,6 +96,12 @@ def sites(run: xr.DataTree) -> list[str]:
         for path in (node.path.strip("/") for node in run.subtree)
         if path.count("/") == 1 and path.split("/")[0] in STACKS
     )
+
+
+def derived_names(run: xr.DataTree) -> list[str]:
+    """The results that were stored with a run afterwards, by their name in derived/."""
+    paths = [node.path.split("/") for node in run.subtree]
+    return sorted(path[2] for path in paths if len(path) == 3 and path[1] == DERIVED)
 
 
 def read_manifest(path: str | Path) -> Manifest:
