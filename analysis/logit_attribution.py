@@ -32,7 +32,7 @@ def logit_attribution(
     A part p of the final residual x = sum of p is worth u . N(p), where N is the final norm with its scale
     frozen at that of x, and u = unembed[answer] - mean of unembed[other options]. Parts are head outputs
     z W_O (``"z"``), or the sublayers' outputs. Over every part, embeddings included, worths sum to the logit
-    difference, but for biases. Lazy.
+    difference, but for biases; over heads, to attn_out's, but for the output projection's bias. Lazy.
 
     Parameters
     ----------
@@ -189,8 +189,10 @@ def _scale(final: xr.DataArray, kind: str, eps: float) -> xr.DataArray:
 def _head_rows(readout: xr.Dataset, parts: xr.Dataset) -> xr.DataArray:
     """(layer, head, d_head, word) for the layers and heads of `parts`."""
     if "head_readout" not in readout:
+        why = readout.attrs.get("no_head_readout")
         raise MissingSiteError(
-            "readout/ has no head_readout, each head's output projection onto the answer words.",
+            "readout/ has no head_readout, each head's output projection onto the answer words"
+            + (f": {why}." if why else "."),
             "Attribute layers instead (of='attn_out'), or capture again with z among the sites.",
         )
     rows = readout["head_readout"]

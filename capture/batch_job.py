@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from mechanistic.store import RunWriter
 from mechanistic.store.errors import MechanisticError, SpecificationError
@@ -31,7 +32,7 @@ from .price import Price, price
 from .progress import Progress
 from .prompts import build_prompt
 from .proof import Proof, prove
-from .readout import build_readout
+from .readout import build_readout, head_readout
 from .run_description import CaptureSettings, run_attributes, run_groups
 from .sites import resolve_sites
 from .survey import answer_words, survey
@@ -257,4 +258,19 @@ class Job:
         words = answer_words(self.loaded.tokenizer, prompt.text, self.survey.answers)
         built = build_readout(self.loaded.anatomy, self.loaded.model, words)
         if built is not None:
-            writer.put_static("readout", *built)
+            writer.put_static("readout", *self._with_heads(*built))
+
+    def _with_heads(self, readout: xr.Dataset, attrs: dict[str, Any]) -> tuple[xr.Dataset, dict[str, Any]]:
+        """The readout with that of each captured head; `no_head_readout` says why there is none."""
+        found = [site for site in self.sites if site.group == "text/z"]
+        if not found:
+            return readout, attrs
+        (site,) = found
+        assert site.heads is not None
+        proof = self.proof.stacks["text"]
+        heads: xr.Dataset | str = proof.projection_problem or head_readout(
+            readout, attrs, proof.projections, site.layers, site.heads, site.stack.head_width
+        )
+        if isinstance(heads, str):
+            return readout, {**attrs, "no_head_readout": heads}
+        return readout.merge(heads), attrs

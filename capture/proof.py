@@ -27,6 +27,7 @@ from .encoder_masks import EncoderMasks, encoder_rule
 from .forward import run_forward
 from .mask_rules import MaskRule, describe, find_rule
 from .models import LoadedModel
+from .output_projection import OutputProjection, ProjectionProbe, projection_problem
 from .residual import Halves, LayerProbe, relative_error
 from .tap import AttentionCall, tapped
 
@@ -46,6 +47,8 @@ class StackProof:
     edit_change: float = 0.0
     halves_error: float | None = None
     stream_is_unbroken: bool = True
+    projections: dict[int, OutputProjection] = field(default_factory=dict)
+    projection_problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,16 @@ def _observe(
     layer_of = anatomy.module_layers(attention)
     probes = {name: [LayerProbe(layer, tolerance) for layer in anatomy.stack(name).layers] for name in stacks}
     encoder = EncoderMasks(batch.encoder)
+    decoder = anatomy.stack("text").layers if "text" in attention else ()
+    projections = [ProjectionProbe(layer, tolerance) for layer in decoder]
 
     def attended(call: AttentionCall) -> None:
         if call.module not in layer_of:
             return
         name, layer = layer_of[call.module]
         stack, proof = anatomy.stack(name), stacks[name]
+        if name == "text":
+            projections[layer].attended(call.output)
         _check_shape(call, stack, layer)
         if name == "vision":
             rule = encoder_rule(vision_config(loaded.model), layer)
@@ -179,9 +186,13 @@ def _observe(
         watching.enter_context(tapped(loaded.model, attended))
         for probe in (probe for each in probes.values() for probe in each):
             watching.enter_context(probe.watching())
+        for projection in projections:
+            watching.enter_context(projection.watching())
         logits = outcome(loaded.model, batch)
     for name, each in probes.items():
         _join_halves(anatomy.stack(name), stacks[name], each)
+    if projections:
+        _join_projections(stacks["text"], projections)
     return stacks, logits
 
 
@@ -255,6 +266,12 @@ def _join_halves(stack: Stack, proof: StackProof, probes: list[LayerProbe]) -> N
             or not torch.equal(lower.post, upper.pre.to(lower.post.device))
         ):
             proof.stream_is_unbroken = False
+
+
+def _join_projections(proof: StackProof, probes: list[ProjectionProbe]) -> None:
+    problems = [projection_problem(probe, proof.halves) for probe in probes]
+    proof.projection_problem = next((problem for problem in problems if problem is not None), None)
+    proof.projections = {layer: probe.found for layer, probe in enumerate(probes) if probe.found is not None}
 
 
 def _check_stack(stack: Stack, proof: StackProof, tolerance: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,10 @@ import xarray as xr
 from torch import Tensor, nn
 
 from .anatomy import Anatomy
+from .output_projection import OutputProjection
+
+# Of more words and heads than this they are left out, which the group's attributes say.
+_HEADS_BYTES = 256 << 20
 
 
 def build_readout(
@@ -52,6 +56,52 @@ def build_readout(
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     return xr.Dataset(variables, coords), {**described, "softcap": softcap}
+
+
+def head_readout(
+    readout: xr.Dataset,
+    attrs: Mapping[str, Any],
+    projections: Mapping[int, OutputProjection],
+    layers: Sequence[int],
+    heads: Sequence[int],
+    head_width: int,
+) -> xr.Dataset | str:
+    """What each head's output is worth in the answer words' logits, before the final norm's scale.
+
+    head_readout[l, h, e, w] = sum_d g[w, d] W_O[l][d, h x head_width + e], with g the rows of unembed times
+    the final norm's weight, less their mean over d for layer norm.
+
+    Returns
+    -------
+    head_readout (layer, head, d_head, word), float32; attn_bias_readout (layer, word), float32, the same of
+        the projection's bias, 0 without one. Or why there is none: the sentence that the run keeps.
+    """
+    size = 4 * len(layers) * len(heads) * head_width * readout.sizes["word"]
+    if size > _HEADS_BYTES:
+        return f"{readout.sizes['word']} words would take {size >> 20} MiB; {_HEADS_BYTES >> 20} are written"
+    weight = readout["final_norm_weight"].values + np.float32(attrs["weight_offset"])
+    rows = torch.from_numpy(readout["unembed"].values * weight)
+    if attrs["norm_kind"] == "layer":
+        rows = rows - rows.mean(-1, keepdim=True)
+    values = np.empty((len(layers), len(heads), head_width, len(rows)), np.float32)
+    biases = np.zeros((len(layers), len(rows)), np.float32)
+    for place, layer in enumerate(layers):
+        projection = projections[layer]
+        there = rows.to(projection.weight.device)
+        worth = (there @ projection.weight.float()).unflatten(-1, (-1, head_width))
+        values[place] = worth[:, list(heads)].permute(1, 2, 0).cpu().numpy()
+        if projection.bias is not None:
+            biases[place] = (there @ projection.bias.float()).cpu().numpy()
+    return xr.Dataset(
+        {
+            "head_readout": (("layer", "head", "d_head", "word"), values),
+            "attn_bias_readout": (("layer", "word"), biases),
+        },
+        {
+            "layer": ("layer", np.asarray(layers, np.int32)),
+            "head": ("head", np.asarray(heads, np.int32)),
+        },
+    )
 
 
 def describe_norm(norm: nn.Module) -> dict[str, Any] | None:

@@ -23,10 +23,11 @@ from PIL import Image
 from tiny_models import Listed
 from torch import nn
 from transformers.image_utils import PILImageResampling
-from zoo import ZOO, Family, samples
+from zoo import NORMED, ZOO, Family, samples
 from zoo_parts import tokenizer
 from zoo_refused import REFUSED
 
+from mechanistic.analysis import head_importance, logit_attribution
 from mechanistic.analysis.attention_pattern import attention_pattern
 from mechanistic.capture.batch import Batch, prepare_batch
 from mechanistic.capture.dataset import Sample
@@ -35,7 +36,7 @@ from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store import open_run, site
-from mechanistic.store.errors import CaptureError, ModelError
+from mechanistic.store.errors import CaptureError, MissingSiteError, ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -293,6 +294,48 @@ def test_zoo__halves_of_a_layer_are_what_its_modules_give(captured: Captured) ->
                     close(at[name], seen.stream(stack, name, layer)[: len(at[name])])
                 close(at["resid_pre"] + at["attn_out"], at["resid_mid"])
                 close(at["resid_mid"] + at["mlp_out"], at["resid_post"])
+
+
+def final_weight(norm: nn.Module) -> torch.Tensor:
+    """What a final norm multiplies by, found with an input of which every number is 1 or -1."""
+    signs = torch.ones(norm.weight.shape)  # type: ignore[arg-type]
+    signs[::2] = -1
+    with torch.no_grad():
+        return (norm(signs) - norm(-signs)) / 2 * signs
+
+
+def test_zoo__heads_sum_to_what_attention_writes_into_the_logits(captured: Captured) -> None:
+    if "/readout" not in captured.run.groups:
+        return
+    readout = captured.run["readout"].to_dataset()
+    if captured.family.halves_of("text") == NORMED["text"]:
+        assert "normed or scaled" in readout.attrs["no_head_readout"]
+        with pytest.raises(MissingSiteError, match="normed or scaled before it is added"):
+            logit_attribution(captured.run)
+        return
+    model, anatomy = captured.loaded.model, captured.loaded.anatomy
+    assert anatomy.final_norm is not None
+    rows = model.get_output_embeddings().weight[readout.word_token_id.values].detach()
+    rows = rows * final_weight(anatomy.final_norm)
+    if isinstance(anatomy.final_norm, nn.LayerNorm):
+        rows = rows - rows.mean(-1, keepdim=True)
+    for number, seen in enumerate(captured.seen):
+        z = captured.rows("text/z", number)
+        heads = np.einsum("ltho,lhow->ltw", z, readout.head_readout.values)
+        for layer, got in enumerate(heads + readout.attn_bias_readout.values[:, None]):
+            written = seen.stream("text", "attn_out", layer)[: len(got)]
+            close(got, written @ rows.numpy().T)
+
+
+def test_zoo__heads_are_ranked_by_what_they_write(captured: Captured) -> None:
+    if "head_readout" not in (captured.run["readout"] if "/readout" in captured.run.groups else ()):
+        return
+    found = logit_attribution(captured.run)["logit_attribution"]
+    whole = logit_attribution(captured.run, of="attn_out")["logit_attribution"].values
+    if not np.any(captured.run["readout"].to_dataset().attn_bias_readout):
+        close(found.sum("head").values, whole)
+    ranked = head_importance(captured.run, criteria=["logit_attribution"], resamples=2)
+    assert ranked["mean_rank"].notnull().all()
 
 
 def test_zoo__masks_are_those_of_the_family(captured: Captured) -> None:

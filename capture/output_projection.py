@@ -1,0 +1,109 @@
+"""Which matrix turns the outputs of a layer's heads into what its attention adds to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .residual import Halves, first_tensor, relative_error
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """A module with weight W_O (d_model, head x d_head), by which `child` of the layer gives W_O z + bias."""
+
+    module: nn.Module
+    transposed: bool
+    child: str
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_model, head x d_head)."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.detach().T if self.transposed else weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(d_model), where there is one."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+
+class ProjectionProbe:
+    """Finds the output projection of one layer in one forward, by what goes in and what comes out.
+
+    `found` stays None where no module reads the heads' outputs as they are, its output is not one matrix of
+    them, or no child of the layer gives that output as it is; `reason` then says which.
+    """
+
+    def __init__(self, layer: nn.Module, tolerance: float) -> None:
+        self.layer = layer
+        self.tolerance = tolerance
+        self.found: OutputProjection | None = None
+        self.reason = "no module reads the outputs of its heads as they are"
+        self._heads: Tensor | None = None
+        self._matrix: tuple[nn.Module, bool] | None = None
+        self._projected: Tensor | None = None
+
+    def attended(self, heads: Tensor) -> None:
+        """Show the outputs of the heads (batch, token, head, d_head), before the layer goes on with them."""
+        self._heads = heads.flatten(0, -3).flatten(1)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look for it during the forward inside the block."""
+        with ExitStack() as hooks:
+            for module in self.layer.modules():
+                if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
+                    hooks.callback(module.register_forward_hook(self._linear).remove)
+            for name, child in self.layer.named_children():
+                hooks.callback(child.register_forward_hook(self._child(name)).remove)
+            yield
+        self._heads = self._projected = None
+
+    def _linear(self, module: nn.Module, args: Any, output: Any) -> None:
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        if self._matrix or self._heads is None or given is None or given.numel() != self._heads.numel():
+            return
+        if given.shape[-1] != self._heads.shape[-1] or not torch.equal(
+            given.reshape(self._heads.shape), self._heads
+        ):
+            return
+        self.reason = "its output projection is not one matrix"
+        for transposed in (False, True):
+            matrix = OutputProjection(module, transposed, "")
+            if matrix.weight.shape != (output.shape[-1], given.shape[-1]) or matrix.weight.is_meta:
+                continue
+            expected = given @ matrix.weight.T + (0 if matrix.bias is None else matrix.bias)
+            if relative_error(expected, output) <= self.tolerance:
+                self._matrix, self._projected = (module, transposed), output.detach()
+                self.reason = "what its output projection gives is changed before it is added"
+                return
+
+    def _child(self, name: str) -> Callable[..., None]:
+        def compare(_: nn.Module, args: Any, output: Any) -> None:
+            given = first_tensor(output)
+            if self._matrix is None or self._projected is None or self.found is not None:
+                return
+            if isinstance(given, Tensor) and given.numel() == self._projected.numel():
+                same = given.detach().reshape(self._projected.shape)
+                if relative_error(same, self._projected) <= self.tolerance:
+                    self.found = OutputProjection(*self._matrix, name)
+
+        return compare
+
+
+def projection_problem(probe: ProjectionProbe, halves: Halves | None) -> str | None:
+    """Why what the heads of a layer write into the residual stream is not known; None where it is."""
+    if halves is None:
+        return "no two modules of a layer add up to it"
+    if probe.found is None:
+        return probe.reason
+    if halves.middle is not None or halves.attention != probe.found.child:
+        return "what attention gives is normed or scaled before it is added to the residual stream"
+    return None
