@@ -2,7 +2,8 @@
 
 transformers looks attention up by name in a table. While `tapped` is active, every attention module of the
 model finds our function there: it computes what the model would have computed, by the implementation that the
-model had, and hands query, key, value, mask and output to an observer. Logits stay as they were, bit for bit.
+model had, and hands query, key, value, mask and output to an observer. Logits stay as they were, bit for bit,
+unless a tap carries an editor, which may put other tensors in the place of these.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mechanistic.store.errors import ModelError
+
+from .attention_editor import Editor
+from .attention_formula import attention_scores, attention_weights, repeat_heads
 
 # The library tests names for the substrings of its own implementations; this one must contain none of them.
 NAME = "mechanistic_tap"
@@ -32,7 +36,8 @@ class AttentionCall:
 
     query (batch, head, query, d_head) and key, value (batch, kv_head, key, d_head), after rotary positions;
     output (batch, query, head, d_head), before the output projection; mask None or broadcastable to
-    (batch, head, query, key), boolean with True where attention may go, or additive.
+    (batch, head, query, key), boolean with True where attention may go, or additive. Where an editor was at
+    work, they are what it left; `edited_pattern` is what it made of the weights themselves.
     """
 
     module: nn.Module
@@ -47,6 +52,7 @@ class AttentionCall:
     sinks: Tensor | None
     position_bias: Tensor | None
     causal: bool
+    edited_pattern: Tensor | None = None
 
     def allowed(self) -> Tensor:
         """Which keys each query may attend to: (batch or 1, head or 1, query, key), boolean."""
@@ -60,18 +66,13 @@ class AttentionCall:
 
     def pattern(self) -> Tensor:
         """Attention weights rebuilt from query and key: (batch, head, query, key), float32."""
-        groups = self.query.shape[1] // self.key.shape[1]
-        key = self.key.float().repeat_interleave(groups, dim=1)
-        scores = self.query.float() @ key.transpose(-1, -2) * self.scale
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        if self.position_bias is not None:
-            scores = scores + self.position_bias.float()
-        scores = scores.masked_fill(~self.allowed(), torch.finfo(scores.dtype).min)
-        if self.sinks is None:
-            return scores.softmax(-1)
-        sink = self.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        if self.edited_pattern is not None:
+            return self.edited_pattern.float()
+        return attention_weights(self.scores(), self.allowed(), self.sinks)
+
+    def scores(self) -> Tensor:
+        """What the softmax is taken of, before the mask: (batch, head, query, key), float32."""
+        return attention_scores(self.query, self.key, self.scale, self.softcap, self.position_bias)
 
 
 Observer = Callable[[AttentionCall], None]
@@ -96,12 +97,13 @@ class Tap:
     """An observer of every attention call of a model, from its making until `remove`.
 
     Taps of one model may come and go in any order: each sees every call, and with the last of them the model
-    is exactly as it was before the first.
+    is exactly as it was before the first. Their editors work one after the other, before any observer sees.
     """
 
-    def __init__(self, model: nn.Module, observer: Observer) -> None:
+    def __init__(self, model: nn.Module, observer: Observer, editor: Editor | None = None) -> None:
         _register()
         self.observer = observer
+        self.editor = editor
         self._configs = [id(config) for config in attention_configs(model)]
         with _changing:
             for config in attention_configs(model):
@@ -127,12 +129,12 @@ class Tap:
 
 
 @contextmanager
-def tapped(model: nn.Module, observer: Observer) -> Iterator[None]:
+def tapped(model: nn.Module, observer: Observer, editor: Editor | None = None) -> Iterator[None]:
     """Show every attention call of `model` to `observer`; afterwards the model is exactly as it was.
 
     Taps of one model nest: the inner and the outer observer both see every call.
     """
-    tap = Tap(model, observer)
+    tap = Tap(model, observer, editor)
     try:
         yield
     finally:
@@ -182,18 +184,41 @@ def _attend(
             f"{type(module).__name__} still looks for the attention tap, but no capture is running.",
             "Load the model again: it was copied or pickled while it was being captured.",
         )
-    output, weights = _compute(entry.implementation, module, query, key, value, attention_mask, kwargs)
+    editors = [tap.editor for tap in entry.taps if tap.editor is not None]
+    for editor in editors:
+        query, key, value, attention_mask = editor.before(module, query, key, value, attention_mask)
+    call = _describe(module, query, key, value, attention_mask, kwargs)
+    weights: Tensor | None
+    pattern: Tensor | None = None
+    wanted = [editor for editor in editors if editor.edits_weights(module)]
+    if wanted:
+        output, pattern = _by_formula(call, wanted, kwargs.get("dropout", 0.0))
+        weights = pattern
+    else:
+        output, weights = _compute(entry.implementation, module, query, key, value, attention_mask, kwargs)
+    for editor in editors:
+        output = editor.after(module, output)
+    seen = {name: getattr(call, name).detach() for name in ("query", "key", "value")}
+    call = replace(call, **seen, output=output.detach(), edited_pattern=_detached(pattern))
+    for tap in entry.taps:
+        tap.observer(call)
+    return output, weights
+
+
+def _describe(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> AttentionCall:
+    """The call before it is computed; its output is a placeholder."""
     # Sliding-window layers of a model may get the window from their call or keep it on the module.
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    scale = kwargs.get("scaling")
-    causal = kwargs.get("is_causal")
-    call = AttentionCall(
+    scale, causal = kwargs.get("scaling"), kwargs.get("is_causal")
+    return AttentionCall(
         module=module,
-        query=query.detach(),
-        key=key.detach(),
-        value=value.detach(),
-        output=output.detach(),
-        mask=attention_mask,
+        query=query,
+        key=key,
+        value=value,
+        output=query,
+        mask=mask,
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         softcap=kwargs.get("softcap"),
         window=window if isinstance(window, int) and window > 0 else None,
@@ -201,9 +226,24 @@ def _attend(
         position_bias=kwargs.get("position_bias"),
         causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
     )
-    for tap in entry.taps:
-        tap.observer(call)
-    return output, weights
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _by_formula(call: AttentionCall, editors: list[Editor], dropout: float) -> tuple[Tensor, Tensor]:
+    """Output and weights of a call whose scores or weights are edited, in the model's dtype."""
+    scores = call.scores()
+    for editor in editors:
+        scores = editor.scores(call.module, scores)
+    pattern = attention_weights(scores, call.allowed(), call.sinks)
+    for editor in editors:
+        pattern = editor.pattern(call.module, pattern)
+    weights = pattern.to(call.value.dtype)
+    kept = nn.functional.dropout(weights, p=dropout, training=call.module.training)
+    output = kept @ repeat_heads(call.value, call.query.shape[1])
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def _compute(
