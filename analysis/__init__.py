@@ -8,27 +8,36 @@ from .attention_boxes import attention_boxes
 from .attention_concentration import attention_concentration
 from .attention_distance import attention_distance
 from .attention_entropy import attention_entropy
-from .attention_evenness import attention_evenness
 from .attention_flow import attention_flow
 from .attention_mass import attention_mass
 from .attention_pattern import attention_pattern
+from .attention_relevancy import attention_relevancy
 from .attention_rollout import attention_rollout, rollout_row
 from .attention_rows import AttentionRows, RowStatistic, attention_statistics
 from .attention_sparsity import attention_sparsity
+from .attribution_sparsity import attribution_sparsity
 from .blocks import align_blocks, map_blocks
+from .causal_tracing import causal_tracing
 from .cka import linear_cka
 from .compare_rdms import compare_rdms
+from .compare_runs import compare_runs
 from .cross_attention import cross_attention
 from .directions import class_directions, direction_cosines, project_rows
+from .gradcam import gradcam
 from .head_importance import head_importance
 from .hub_tokens import hub_tokens
+from .integrated_gradients import integrated_gradients
 from .linear_probe import linear_probe
 from .logit_attribution import logit_attribution
 from .logit_lens import logit_lens
 from .model_rdms import model_dissimilarity
 from .noise_ceiling import noise_ceiling
+from .path_graph import path_graph, plot_path_graph
+from .path_patching import path_patching
 from .plot_attention_heatmap import plot_attention_heatmap
 from .plot_attention_on_image import plot_attention_on_image
+from .plot_attribution_on_image import plot_attribution_on_image
+from .plot_causal_tracing import plot_causal_tracing
 from .plot_cross_attention_attribution import plot_cross_attention_attribution
 from .plot_head_map import plot_head_map
 from .plot_layers import plot_layers
@@ -57,19 +66,24 @@ __all__ = [
     "attention_concentration",
     "attention_distance",
     "attention_entropy",
-    "attention_evenness",
     "attention_flow",
     "attention_mass",
     "attention_pattern",
+    "attention_relevancy",
     "attention_rollout",
     "attention_sparsity",
     "attention_statistics",
+    "attribution_sparsity",
+    "causal_tracing",
     "class_directions",
     "compare_rdms",
+    "compare_runs",
     "cross_attention",
     "direction_cosines",
+    "gradcam",
     "head_importance",
     "hub_tokens",
+    "integrated_gradients",
     "linear_cka",
     "linear_probe",
     "logit_attribution",
@@ -78,14 +92,19 @@ __all__ = [
     "model_dissimilarity",
     "noise_ceiling",
     "open_dissimilarity",
+    "path_graph",
+    "path_patching",
     "plot_attention_heatmap",
     "plot_attention_on_image",
+    "plot_attribution_on_image",
+    "plot_causal_tracing",
     "plot_cross_attention_attribution",
     "plot_head_map",
     "plot_layers",
     "plot_logit_lens",
     "plot_mds",
     "plot_multi_head_attention",
+    "plot_path_graph",
     "plot_probe",
     "plot_rdm",
     "principal_components",

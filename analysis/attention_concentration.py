@@ -73,13 +73,13 @@ def attention_concentration(
             sample=sample,
             max_bytes=max_bytes,
         )
-    kernel = partial(_concentration, k=k)
+    kernel = partial(_largest, k=k)
     if isinstance(attention, xr.Dataset):
         attrs = dict(statistic.variables["attention_concentration"])
         return apply_to_pattern(pattern_of(attention), kernel, attrs).to_dataset(
             name="attention_concentration"
         )
-    return kernel(attention)
+    return kernel(attention_weights(attention))
 
 
 def concentration_statistic(k: int = 5) -> RowStatistic:
@@ -92,10 +92,6 @@ def concentration_statistic(k: int = 5) -> RowStatistic:
 
 def _concentration_of_rows(rows: AttentionRows, k: int) -> NDArray[Any]:
     return (_largest(rows.exponentials, k) / rows.totals)[..., None]
-
-
-def _concentration(values: Any, k: int) -> NDArray[Any]:
-    return _largest(attention_weights(values), k)
 
 
 def _largest(values: NDArray[Any], k: int) -> NDArray[Any]:

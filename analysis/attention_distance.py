@@ -32,6 +32,8 @@ def attention_distance(
 ) -> xr.Dataset:
     """Mean attended distance, D_i = sum_j p_ij |i - j|; between patches, that of their places in the grid.
 
+    In a layer with attention sinks, p is what the keys get, divided by its sum.
+
     Parameters
     ----------
     stack, tokens, layer, sample, max_bytes
@@ -73,7 +75,7 @@ def distance_statistic() -> RowStatistic:
 
 def _distances_of_rows(rows: AttentionRows) -> NDArray[Any]:
     apart = np.abs(_differences(rows, "position"))
-    in_tokens = np.einsum("hqk,qk->hq", rows.exponentials, apart) / rows.totals
+    in_tokens = np.einsum("hqk,qk->hq", rows.exponentials, apart) / rows.sums
     in_patches = np.full_like(in_tokens, np.nan)
     image = np.flatnonzero(rows.query["kind"] == KIND["image"])
     if image.size:

@@ -64,7 +64,9 @@ def attention_inputs(
             f"Choose layers that both hold (layer=...), or capture '{stack}.*.k[all]'.",
         )
     key = select_layers(key, numbers.tolist())
-    rules = read_rules(query.attrs.get("attention", {}), numbers, query_name)
+    rules = read_rules(
+        query.attrs.get("attention", {}), numbers, np.asarray(query["head"].values), query_name
+    )
     return AttentionInputs(query, key, "q", "k", rules, _kv_of_head(query, key, query_name))
 
 

@@ -48,8 +48,9 @@ def attention_pattern(
     Returns
     -------
     attention_pattern (layer, head, query, key), float32, share of the row.
-        Rows sum to 1; 0 for a key that the query may not look at; NaN where it may look at none. The labels
-        of the tokens are coordinates with the prefixes ``query_`` and ``key_``.
+        Rows sum to 1, or to less where the layer has attention sinks, which the attribute `sinks` says; 0
+        for a key that the query may not look at; NaN where it may look at none. The labels of the tokens are
+        coordinates with the prefixes ``query_`` and ``key_``.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def attention_pattern(
     tokens = f"@{_position(query)}" if isinstance(query, int | np.integer) else query
     rows = stored_rows if only_stored(run, stack) else _rebuilt_rows
     values, queries, keys = rows(run, stack=stack, sample=_one(sample), layer=layer, head=head, tokens=tokens)
-    attrs = {"units": "1", "long_name": "attention weight"}
+    attrs = {"units": "1", "long_name": "attention weight", **values.attrs}
     pattern = values.assign_attrs(attrs).to_dataset(name=PATTERN)
     pattern = pattern.assign_coords(_prefixed(queries, "query") | _prefixed(keys, "key"))
     pattern = pattern.transpose("layer", "head", "query", "key").assign_attrs(sample=int(sample), stack=stack)
@@ -93,6 +94,8 @@ def _rebuilt_rows(
     )
     values = xr.DataArray(rebuilt, dims=("layer", "query", "head", "key"))
     values = values.assign_coords({name: inputs.query[name] for name in ("layer", "head")})
+    if any(rule.sinks is not None for rule in inputs.rules.values()):
+        values.attrs["sinks"] = True
     return values, inputs.query, blocks.key.to_dataset(name="k")
 
 
@@ -124,7 +127,7 @@ def _select_heads(inputs: AttentionInputs, head: int | Sequence[int] | None) -> 
         inputs.key,
         inputs.query_name,
         inputs.key_name,
-        inputs.rules,
+        {layer: rule.of_heads(places) for layer, rule in inputs.rules.items()},
         inputs.kv_of_head[places],
     )
 

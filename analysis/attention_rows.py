@@ -31,12 +31,15 @@ MASKED = np.float32(-1e30)
 class AttentionRows:
     """A few rows of one layer of one sample: `scores` are logits less their row's maximum, or MASKED.
 
-    scores, exponentials (head, query, key); totals (head, query), the sums of the exponentials; `query` and
-    `key` hold the columns of these query rows and of these keys. `heads` are positions on the head axis.
+    scores, exponentials (head, query, key); sums (head, query) of the exponentials, and totals, what they are
+    divided by: the sums and, in a layer with attention sinks, the sink's own. Both are NaN where a query may
+    look at no key; sums also where a sink takes all. `query` and `key` hold the columns of these query rows
+    and of these keys. `heads` are positions on the head axis.
     """
 
     scores: Floats
     exponentials: Floats
+    sums: Floats
     totals: Floats
     query: Columns
     key: Columns
@@ -44,7 +47,7 @@ class AttentionRows:
 
     @cached_property
     def weights(self) -> Floats:
-        """The attention weights (head, query, key); each row sums to 1."""
+        """The attention weights (head, query, key); each row sums to 1, with a sink to less."""
         return np.asarray(self.exponentials / self.totals[..., None])
 
 
@@ -175,7 +178,8 @@ def walk_rows(
             scaled = query[piece].astype(np.float32) * np.float32(rule.scale)
             for kv, heads in groups:
                 scores = _scores(scaled[:, heads], keys_of_sample[kv, :, :stop], rule.softcap, banned)
-                yield piece, _normalise(scores, banned, of_query, near, heads, layer)
+                sinks = None if rule.sinks is None else rule.sinks[heads]
+                yield piece, _normalise(scores, banned, sinks, of_query, near, heads, layer)
 
 
 def _scores(query: Floats, key: Floats, softcap: float | None, banned: NDArray[np.bool_]) -> Floats:
@@ -198,22 +202,32 @@ def _scores(query: Floats, key: Floats, softcap: float | None, banned: NDArray[n
 def _normalise(
     scores: Floats,
     banned: NDArray[np.bool_],
+    sinks: Floats | None,
     query: Columns,
     key: Columns,
     heads: NDArray[np.int64],
     layer: int,
 ) -> AttentionRows:
     with np.errstate(invalid="ignore", over="ignore"):
-        scores -= scores.max(axis=-1, keepdims=True, initial=MASKED)
+        highest = scores.max(axis=-1, keepdims=True, initial=MASKED)
+        if sinks is not None:
+            highest = np.maximum(highest, sinks[:, None, None])
+        scores -= highest
         exponentials = np.exp(scores)
-    totals = exponentials @ np.ones(scores.shape[-1], np.float32)
+        sums = exponentials @ np.ones(scores.shape[-1], np.float32)
+    totals = sums
+    if sinks is not None:
+        totals = sums + np.exp(sinks[:, None] - highest[..., 0])
+        # A sink that takes all leaves nothing to divide among the keys.
+        sums = np.where(sums > 0, sums, np.float32(np.nan))
     if not np.isfinite(totals).all():
         raise DataError(
             f"q or k of sample {query['sample_index'][0]} is not finite in layer {layer}.",
             "Capture that sample again, or leave it out (sample=...); `mechanistic verify` checks the bytes.",
         )
-    totals[:, banned.all(axis=1)] = np.nan
-    return AttentionRows(scores, exponentials, totals, query, key, heads)
+    blind = banned.all(axis=1)
+    sums[:, blind] = totals[:, blind] = np.nan
+    return AttentionRows(scores, exponentials, sums, totals, query, key, heads)
 
 
 def _require_complete(position: NDArray[Any], sample: int) -> None:

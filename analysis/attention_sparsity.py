@@ -59,6 +59,7 @@ def attention_sparsity(
     gini = 1 - 2 sum_j p_j (j - 1/2) / n;
     hoyer = (sqrt(n) - 1 / |p|_2) / (sqrt(n) - 1);
     key_share = (smallest m with p_1 + ... + p_m >= `mass`) / n, which falls as a row gets sparser.
+    In a layer with attention sinks, p is what the keys get, divided by its sum.
 
     Parameters
     ----------
@@ -101,7 +102,7 @@ def attention_sparsity(
     if isinstance(attention, xr.Dataset):
         [(name, attrs)] = statistic.variables.items()
         return apply_to_pattern(pattern_of(attention), kernel, dict(attrs)).to_dataset(name=name)
-    return kernel(attention)
+    return kernel(attention_weights(attention))
 
 
 def sparsity_statistic(measure: Measure = "gini", mass: float = 0.9) -> RowStatistic:
@@ -121,17 +122,19 @@ def sparsity_statistic(measure: Measure = "gini", mass: float = 0.9) -> RowStati
 
 def _sparsity_of_rows(rows: AttentionRows, measure: Measure, mass: float) -> NDArray[Any]:
     keys = np.broadcast_to(allowed_keys(rows).sum(axis=-1), rows.totals.shape)
-    return _measured(rows.weights, keys, measure, mass)[..., None]
+    shares = rows.exponentials / rows.sums[..., None]
+    return measured_sparsity(shares, keys, measure, mass)[..., None]
 
 
-def _sparsity(values: Any, measure: Measure, mass: float) -> NDArray[Any]:
-    weights = attention_weights(values)
+def _sparsity(weights: NDArray[Any], measure: Measure, mass: float) -> NDArray[Any]:
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    return _measured(weights, np.full(weights.shape[:-1], weights.shape[-1]), measure, mass)
+    return measured_sparsity(weights, np.full(weights.shape[:-1], weights.shape[-1]), measure, mass)
 
 
-def _measured(weights: NDArray[Any], keys: NDArray[Any], measure: Measure, mass: float) -> NDArray[Any]:
-    """One number a row; `keys` says how many of its weights are allowed, the rest being 0."""
+def measured_sparsity(
+    weights: NDArray[Any], keys: NDArray[Any], measure: Measure, mass: float
+) -> NDArray[Any]:
+    """One number a row of shares; `keys` says how many of them are allowed, the rest being 0."""
     count = np.where(keys > 0, keys, np.nan).astype(weights.dtype)
     if measure == "hoyer":
         norm = np.sqrt(np.einsum("...k,...k->...", weights, weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,13 @@ def plain_array(values: Any) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def attention_weights(values: Any) -> NDArray[Any]:
+def attention_weights(values: Any, *, sinks: bool = False) -> NDArray[Any]:
     """Weights (..., key) as float32 or float64, or an error if they are not attention weights.
 
     Raises
     ------
     DimensionError  a scalar, or no keys.
-    DataError       NaN, negative, or rows that do not sum to 1 within 1e-2.
+    DataError       NaN, negative, or rows that do not sum to 1 within 1e-2; with `sinks` to more than that.
     """
     weights = plain_array(values)
     if weights.ndim == 0 or weights.shape[-1] == 0:
@@ -48,8 +49,8 @@ def attention_weights(values: Any) -> NDArray[Any]:
             f"{np.isnan(weights).any(axis=-1).sum()} of {weights[..., 0].size} attention rows hold NaN.",
             "Leave out padded queries; elsewhere the model overflowed (run it in float32 or bfloat16).",
         )
-    sums = weights.sum(axis=-1)
-    worst = float(np.abs(sums - 1).max(initial=0))
+    excess = weights.sum(axis=-1) - 1
+    worst = float((excess if sinks else np.abs(excess)).max(initial=0))
     if worst > ROW_SUM_TOLERANCE or (weights < 0).any():
         raise DataError(
             f"attention rows must be weights that sum to 1; these are off by up to {worst:.3g}"
@@ -62,7 +63,7 @@ def attention_weights(values: Any) -> NDArray[Any]:
 def apply_to_pattern(
     pattern: xr.DataArray, kernel: Callable[[NDArray[Any]], NDArray[Any]], attrs: dict[str, Any]
 ) -> xr.DataArray:
-    """Apply a row kernel (..., key) -> (...) over the `key` dimension; lazy where the pattern is.
+    """Apply a row kernel, weights (..., key) -> (...), over the `key` dimension; lazy where the pattern is.
 
     Raises
     ------
@@ -73,19 +74,25 @@ def apply_to_pattern(
             f"a pattern has a dimension 'key'; this one has {', '.join(map(str, pattern.dims)) or 'none'}.",
             "Rename the dimension of the keys: pattern.rename(NAME='key').",
         )
-    if len(pattern.chunksizes.get("key", (1,))) > 1:
+    if len(pattern.variable.chunksizes.get("key", (1,))) > 1:
         raise DimensionError(
-            f"'key' is cut into {len(pattern.chunksizes['key'])} chunks; a row must be whole.",
+            f"'key' is cut into {len(pattern.variable.chunksizes['key'])} chunks; a row must be whole.",
             "Join them first: pattern.chunk(key=-1).",
         )
     computed: xr.DataArray = xr.apply_ufunc(
-        kernel,
+        partial(_checked, kernel=kernel, sinks=bool(pattern.attrs.get("sinks"))),
         pattern,
         input_core_dims=[["key"]],
         dask="parallelized",
         output_dtypes=[np.float32],
     )
     return computed.assign_attrs(attrs)
+
+
+def _checked(
+    values: NDArray[Any], *, kernel: Callable[[NDArray[Any]], NDArray[Any]], sinks: bool
+) -> NDArray[Any]:
+    return kernel(attention_weights(values, sinks=sinks))
 
 
 def pattern_of(dataset: xr.Dataset) -> xr.DataArray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,15 @@ class AttentionRule:
     """How one layer turns q and k into attention: softmax of softcap(scale * q.k) over the keys of `mask`.
 
     `window` is the number of keys a sliding window reaches back, the query's own included, or the side in
-    patches of an image window; `softcap` c squashes logits to c * tanh(logit / c).
+    patches of an image window; `softcap` c squashes logits to c * tanh(logit / c). `sinks` (head,) are logits
+    that take part in the softmax and belong to no key, so that a row of weights sums to less than 1.
     """
 
     mask: str
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, recorded: Mapping[str, Any], where: str) -> AttentionRule:
@@ -38,19 +40,14 @@ class AttentionRule:
 
         Raises
         ------
-        FormatError  the mask is unknown, a window is missing or surplus, there are sinks, or a key is not
-                     known: each would give attention that is not the model's.
+        FormatError  the mask is unknown, a window is missing or surplus, there are sinks but not their
+                     logits, or a key is not known: each would give attention that is not the model's.
         """
         unknown = sorted(set(recorded) - {"mask", "scale", "window", "softcap", "sinks"})
         if unknown:
             raise FormatError(
                 f"{where}: the attention rule has {', '.join(unknown)}, which is not known here.",
                 "Upgrade: pip install --upgrade mechanistic.",
-            )
-        if recorded.get("sinks"):
-            raise FormatError(
-                f"{where}: this layer has attention sinks, whose logits are not in the run.",
-                "Capture attn_stats or patterns of this layer instead of q and k.",
             )
         mask, scale, window = recorded.get("mask"), recorded.get("scale"), recorded.get("window")
         if mask not in _RULES or not isinstance(scale, int | float):
@@ -70,7 +67,12 @@ class AttentionRule:
             float(scale),
             None if window is None else int(window),
             None if softcap is None else float(softcap),
+            _sinks(recorded.get("sinks"), where),
         )
+
+    def of_heads(self, places: Sequence[int] | NDArray[Any]) -> AttentionRule:
+        """The rule of some heads, by their places in `sinks`."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[np.asarray(places)])
 
     def allowed(self, query: Columns, key: Columns) -> Mask:
         """Whether each query (row) may look at each key (column), both of one sample.
@@ -86,15 +88,19 @@ class AttentionRule:
         return int(np.searchsorted(key["position"], query["position"].max(), side="right"))
 
 
-def read_rules(recorded: Mapping[str, Any], layers: NDArray[Any], where: str) -> dict[int, AttentionRule]:
+def read_rules(
+    recorded: Mapping[str, Any], layers: NDArray[Any], heads: NDArray[Any], where: str
+) -> dict[int, AttentionRule]:
     """The rule of each layer, from the `attention` attribute of a q group, whose path is `where`.
+
+    `heads` are the true numbers of the query heads held, whose sinks are kept.
 
     In the vision encoder a sequence is one crop of one image, so "bidirectional" there is "per_image" on the
     axis of all patches of a sample.
 
     Raises
     ------
-    FormatError  a layer has no rule, or one that `AttentionRule.parse` refuses.
+    FormatError  a layer has no rule, or one that `AttentionRule.parse` refuses, or too few sinks.
     """
     rules = {}
     for layer in map(int, layers):
@@ -106,8 +112,25 @@ def read_rules(recorded: Mapping[str, Any], layers: NDArray[Any], where: str) ->
         rule = AttentionRule.parse(recorded[str(layer)], f"{where}, layer {layer}")
         if rule.mask == "bidirectional" and where.startswith("vision/"):
             rule = replace(rule, mask="per_image")
-        rules[layer] = rule
+        if rule.sinks is not None and len(rule.sinks) <= heads.max(initial=-1):
+            raise FormatError(
+                f"{where}, layer {layer}: {len(rule.sinks)} sinks, and a head {heads.max()}.",
+                "`sinks` must have the logit of every query head of the model: capture the run again.",
+            )
+        rules[layer] = rule.of_heads(heads)
     return rules
+
+
+def _sinks(recorded: Any, where: str) -> NDArray[np.float32] | None:
+    if not recorded and recorded != []:
+        return None
+    sinks = np.asarray(recorded, object)
+    if sinks.ndim != 1 or not all(isinstance(value, int | float) and np.isfinite(value) for value in sinks):
+        raise FormatError(
+            f"{where}: this layer has attention sinks, whose logits are not in the run.",
+            "Capture it again: `sinks` must have one number for each query head.",
+        )
+    return sinks.astype(np.float32)
 
 
 def _causal(query: Columns, key: Columns, window: int) -> Mask:

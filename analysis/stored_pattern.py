@@ -39,7 +39,8 @@ def stored_rows(
     DataError           the sample has no such rows.
     """
     rows = select_rows(site(run, f"{stack}/pattern_rows"), tokens, sample)
-    weights = select_layers(site(run, f"{stack}/pattern"), layer)["pattern"]
+    held = select_layers(site(run, f"{stack}/pattern"), layer)
+    weights = held["pattern"]
     if head is not None:
         weights = weights.isel(head=head_places(weights["head"], head))
     table = group(run, f"tokens/{stack}")
@@ -52,6 +53,9 @@ def stored_rows(
     ]
     values = xr.DataArray(da.stack(whole, axis=1), dims=("layer", "query", "head", "key"))
     values = values.assign_coords(layer=weights["layer"], head=weights["head"])
+    rules = held.attrs.get("attention", {})
+    if any(rules.get(str(number), {}).get("sinks") for number in held["layer"].values):
+        values.attrs["sinks"] = True
     labels = rows.drop_vars(["start", "length", "key_start"])
     return values, labels, keys.set_coords([str(name) for name in keys.data_vars])
 

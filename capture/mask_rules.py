@@ -121,5 +121,5 @@ def describe(rule: MaskRule, call: AttentionCall) -> dict[str, Any]:
         "window": rule.window,
         "scale": call.scale,
         "softcap": call.softcap,
-        "sinks": call.sinks is not None,
+        "sinks": False if call.sinks is None else call.sinks.float().flatten().tolist(),
     }

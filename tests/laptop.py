@@ -43,7 +43,6 @@ def main(path: Path) -> None:
     assert float(probe["accuracy"].isel(layer=-1)) > 0.9
     for name in (
         "attention_distance",
-        "attention_evenness",
         "attention_sparsity",
         "attention_boxes",
         "two_hop",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import xarray as xr
+from run_groups import stacked_attention
 from synthetic_run import dense_attention, synthetic_run
 
 from mechanistic.analysis import attention_entropy, attention_pattern
@@ -48,6 +49,43 @@ def test_attention_entropy__of_patterns_equals_that_of_the_run() -> None:
     np.testing.assert_allclose(entropy["attention_entropy"].values, expected, atol=1e-5)
     eager = attention_entropy(pattern.compute())
     xr.testing.assert_allclose(eager, entropy.compute())
+
+
+def test_attention_entropy__normalised_by_hand() -> None:
+    rows = np.array([[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.25, 0]])
+    expected = [1, np.nan, 1, 1.5 * np.log(2) / np.log(3)]
+    np.testing.assert_allclose(attention_entropy(rows, normalize=True), expected)
+    with pytest.raises(DataError, match=r"sum to 1.*\n  Pass weights after the softmax"):
+        attention_entropy(np.ones((2, 5)), normalize=True)
+
+
+def test_attention_entropy__normalised_by_the_keys_that_are_allowed() -> None:
+    run = synthetic_run(query_tokens="all")
+    lazy = attention_entropy(run, layer=1, normalize=True)["normalized_entropy"]
+    assert isinstance(lazy.data, da.Array)
+    found = lazy.compute()
+    rows = found.values[0][found["sample_index"].values == 7]
+    dense = stacked_attention(run, 7)[1]
+    for query in range(1, len(rows)):
+        expected = scipy.stats.entropy(dense[:, query, : query + 1], axis=-1) / np.log(query + 1)
+        np.testing.assert_allclose(rows[query], expected, atol=1e-5)
+    assert np.isnan(rows[0]).all()
+    assert np.nanmax(found) <= 1
+
+
+def test_attention_entropy__normalised_uniform_rows_of_any_length_have_1() -> None:
+    run = synthetic_run(query_tokens="all")
+    run["text/q"]["q"] = run["text/q"]["q"] * 0
+    found = attention_entropy(run, normalize=True)["normalized_entropy"].values
+    np.testing.assert_allclose(found[~np.isnan(found)], 1, atol=1e-6)
+
+
+def test_attention_entropy__normalised_lazy_pattern_is_eager() -> None:
+    pattern = attention_pattern(RUN, sample=3)
+    lazy = attention_entropy(pattern, normalize=True)["normalized_entropy"]
+    assert isinstance(lazy.data, da.Array)
+    eager = attention_entropy(pattern["attention_pattern"].values, normalize=True)
+    np.testing.assert_array_equal(lazy, eager)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])

@@ -80,6 +80,8 @@ EXPECTED = {
 }
 WINDOW = {"sliding_window": 2, "sliding_window_image_blocks": 2, "image_windows": 2}
 
+HEADS = np.arange(4)
+
 
 def rule(mask: str) -> AttentionRule:
     return AttentionRule.parse({"mask": mask, "scale": 0.5, "window": WINDOW.get(mask)}, "text/q, layer 0")
@@ -123,7 +125,8 @@ def test_rule__image_windows_split_a_grid() -> None:
         ({"scale": 1.0}, "mask None"),
         ({"mask": "causal"}, "scale None"),
         ({"mask": "causal", "scale": 1.0, "bias": "t5"}, "has bias, which is not known here"),
-        ({"mask": "causal", "scale": 1.0, "sinks": True}, "attention sinks"),
+        ({"mask": "causal", "scale": 1.0, "sinks": True}, "sinks, whose logits are not in the run"),
+        ({"mask": "causal", "scale": 1.0, "sinks": [0.5, None]}, "sinks, whose logits are not in the run"),
         ({"mask": "sliding_window", "scale": 1.0}, "mask 'sliding_window' with window None"),
         ({"mask": "sliding_window", "scale": 1.0, "window": 0}, "with window 0"),
         ({"mask": "causal", "scale": 1.0, "window": 4}, "mask 'causal' with window 4"),
@@ -136,15 +139,24 @@ def test_rule__anything_else_is_an_error(recorded: dict[str, Any], message: str)
     assert str(raised.value).startswith("text/q, layer 3")
 
 
+def test_read_rules__keeps_the_sinks_of_the_heads_held() -> None:
+    recorded = {"0": {"mask": "causal", "scale": 1.0, "sinks": [0.5, -2, 3]}}
+    sinks = read_rules(recorded, np.array([0]), np.array([2, 0]), "text/q")[0].sinks
+    assert sinks is not None
+    assert sinks.tolist() == [3, 0.5]
+    with pytest.raises(FormatError, match="layer 0: 3 sinks, and a head 3"):
+        read_rules(recorded, np.array([0]), np.array([3]), "text/q")
+
+
 def test_read_rules__every_layer_must_have_one() -> None:
     recorded = {"0": {"mask": "causal", "scale": 1.0}, "2": {"mask": "prefix", "scale": 0.5, "softcap": 50.0}}
-    rules = read_rules(recorded, np.array([2, 0]), "text/q")
+    rules = read_rules(recorded, np.array([2, 0]), HEADS, "text/q")
     assert rules[2] == AttentionRule("prefix", 0.5, None, 50.0)
     with pytest.raises(FormatError, match="no attention rule for layer 1, only for 0, 2"):
-        read_rules(recorded, np.array([1]), "text/q")
+        read_rules(recorded, np.array([1]), HEADS, "text/q")
 
 
 def test_read_rules__a_vision_encoder_sees_one_image_at_a_time() -> None:
     recorded = {"0": {"mask": "bidirectional", "scale": 1.0}}
-    assert read_rules(recorded, np.array([0]), "vision/q")[0].mask == "per_image"
-    assert read_rules(recorded, np.array([0]), "text/q")[0].mask == "bidirectional"
+    assert read_rules(recorded, np.array([0]), HEADS, "vision/q")[0].mask == "per_image"
+    assert read_rules(recorded, np.array([0]), HEADS, "text/q")[0].mask == "bidirectional"

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 from tiny_models import picture
-from zoo_encoders import bert, gemma2, gpt2, sees_only, text_only, two_towers_clip, two_towers_siglip
+from zoo_encoders import bert, gemma2, gpt2, gpt_oss, sees_only, text_only, two_towers_clip, two_towers_siglip
 from zoo_parts import HUB, TEXT
 from zoo_vision_language import gemma3, idefics3, internvl, llava, onevision, paligemma, qwen
 
@@ -91,6 +91,7 @@ ZOO: dict[str, Family] = {
         {"text": ["sliding_window", "causal", "sliding_window"]},
         halves=NORMED,
     ),
+    "gpt_oss": Family(gpt_oss, {"text": "model.layers"}, {"text": ["sliding_window", "causal"]}),
     "gpt2": Family(gpt2, {"text": "transformer.h"}, {"text": ["causal"]}, halves={"text": ATTN_MLP}),
     "qwen2_vl": Family(
         lambda: qwen("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),

@@ -27,6 +27,20 @@ def gemma2() -> LoadedModel:
     return text_only(HUB.Gemma2ForCausalLM(config))
 
 
+def gpt_oss() -> LoadedModel:
+    """gpt-oss: a sink in the softmax of every head, experts."""
+    config = HUB.GptOssConfig(
+        **TEXT,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return text_only(HUB.GptOssForCausalLM(config))
+
+
 def gpt2() -> LoadedModel:
     """GPT-2."""
     config = HUB.GPT2Config(n_embd=32, n_layer=2, n_head=4, **IDS)
