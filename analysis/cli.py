@@ -21,6 +21,7 @@ analyse them for ever after on CPUs; go back to the model only for causal work.
   mechanistic capture --plan ...      what a capture will cost, before it runs
   mechanistic info RUN                what is inside a store
   mechanistic analyze RUN mass probe  numbers and pictures from a store, without the model
+  mechanistic compare RUN_A RUN_B     how far two runs of the same samples are apart, as a certificate
 """
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with failed samples, 130/143 interrupted"
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_analyze(commands)
+    _add_compare(commands)
     add_capture_commands(commands)
     add_store_commands(commands)
     for command in commands.choices.values():
@@ -131,6 +133,33 @@ def _analyze(args: argparse.Namespace) -> int:
         )
     print("\n".join(map(str, written)))
     return 0
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="compare two runs of the same samples, site by site and layer by layer",
+        description="Compare two runs of the same samples, such as float32 and bfloat16 or two backends: "
+        "per site and layer the largest difference, absolute and relative to the largest value of RUN_A, "
+        "cosines, and the worst token; and whether both answer the same. Prints a table and stores it with "
+        "RUN_A as derived/compare_<run id of RUN_B>.",
+    )
+    command.add_argument("first", metavar="RUN_A", help="folder or URL of a run")
+    command.add_argument("second", metavar="RUN_B", help="folder or URL of a run of the same samples")
+    command.add_argument("--sites", nargs="+", metavar="SITE", help="only these, such as text/resid_post")
+    command.add_argument(
+        "--tolerance", type=float, metavar="X", help="exit code 1 where a relative difference exceeds X"
+    )
+    command.add_argument("--no-store", action="store_true", help="print only, and leave RUN_A as it is")
+    command.set_defaults(run_command=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .certificate import certify_runs
+
+    return certify_runs(
+        args.first, args.second, names=args.sites, tolerance=args.tolerance, store=not args.no_store
+    )
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -47,7 +47,7 @@ def write_derived(run: str | Path, name: str, result: xr.Dataset, *, replace: bo
     IncompleteRunError  the run, or a part of it, is unfinished.
     StoreError          the run may not be written to; DiskFullError when its disk is full.
     """
-    _check(run, name)
+    check_writable(run, name)
     folder = Path(run) / DERIVED
     target, draft = folder / name, folder / f"{name}.partial"
     if target.exists() and not replace:
@@ -70,6 +70,21 @@ def write_derived(run: str | Path, name: str, result: xr.Dataset, *, replace: bo
             "Copy the run to where you may write, or keep the result elsewhere: result.to_zarr(PATH).",
         ) from cause
     return target
+
+
+def check_writable(run: str | Path, name: str) -> None:
+    """Raise what `write_derived` would raise for this run and name, before a result is computed."""
+    if is_url(str(run)):
+        raise UsageError(f"{run} is a URL, which cannot be written to.", "Copy the run to a folder first.")
+    if not _NAME.fullmatch(name) or name.endswith(".partial"):
+        raise SpecificationError(
+            f"a result cannot be called {name!r}.", "Use letters, digits, _, . and -, such as 'swap_subject'."
+        )
+    if not read_manifest(run).complete:
+        raise IncompleteRunError(
+            f"{run} is unfinished, so no result can be stored with it.",
+            "Run its capture command again to finish it.",
+        )
 
 
 def keep_derived(run: Path, target: Path) -> None:
@@ -103,20 +118,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
-
-
-def _check(run: str | Path, name: str) -> None:
-    if is_url(str(run)):
-        raise UsageError(f"{run} is a URL, which cannot be written to.", "Copy the run to a folder first.")
-    if not _NAME.fullmatch(name) or name.endswith(".partial"):
-        raise SpecificationError(
-            f"a result cannot be called {name!r}.", "Use letters, digits, _, . and -, such as 'swap_subject'."
-        )
-    if not read_manifest(run).complete:
-        raise IncompleteRunError(
-            f"{run} is unfinished, so no result can be stored with it.",
-            "Run its capture command again to finish it.",
-        )
 
 
 def _put_in_place(run: Path, draft: Path, target: Path) -> None:
