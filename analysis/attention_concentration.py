@@ -45,8 +45,8 @@ def attention_concentration(
     Parameters
     ----------
     attention
-        A run (weights are rebuilt from q and k), a Dataset with attention_pattern (..., key), or a plain
-        array or tensor (..., key), for which a numpy array (...) comes back.
+        A run (weights are rebuilt from q and k, or else attn_stats read), a Dataset with attention_pattern
+        (..., key), or a plain array or tensor (..., key), for which a numpy array (...) comes back.
     stack, tokens, layer, sample, max_bytes
         For a run, which rows: see `attention_statistics`.
 
@@ -58,7 +58,7 @@ def attention_concentration(
     Raises
     ------
     SpecificationError  k is below 1.
-    MissingSiteError    the run lacks q or k.
+    MissingSiteError    the run lacks q or k, and attn_stats do not hold just this.
     DataError           NaN, or rows that are not weights; see also `attention_statistics`.
     DimensionError      no keys, no attention_pattern, or `key` in several chunks.
     """

@@ -52,9 +52,9 @@ def attention_entropy(
     Parameters
     ----------
     attention
-        A run (weights are rebuilt from q and k, and n counts the keys that the mask allows), a Dataset with
-        attention_pattern (..., key), or a plain array or tensor (..., key), for which a numpy array (...)
-        comes back; there n counts the keys that are not exactly 0.
+        A run (weights are rebuilt from q and k, or else attn_stats read; n counts the keys that the mask
+        allows), a Dataset with attention_pattern (..., key), or a plain array or tensor (..., key), for which
+        a numpy array (...) comes back; there n counts the keys that are not exactly 0.
     normalize
         Divide by log n. In a layer with attention sinks, p is then divided by its sum first.
     stack, tokens, layer, sample, max_bytes
@@ -69,7 +69,7 @@ def attention_entropy(
 
     Raises
     ------
-    MissingSiteError  the run lacks q or k.
+    MissingSiteError  the run lacks q or k, and attn_stats do not hold just this.
     DataError         NaN, or rows that are not weights; see also `attention_statistics`.
     DimensionError    no keys, no attention_pattern, or `key` in several chunks.
 

@@ -43,7 +43,7 @@ def attention_mass(
 
     Raises
     ------
-    MissingSiteError  the run lacks q or k.
+    MissingSiteError  the run lacks q or k, and attn_stats do not hold just this.
     DataError         see `attention_statistics`.
     """
     return attention_statistics(

@@ -20,6 +20,7 @@ from mechanistic.store.errors import DataError
 from .attention_inputs import AttentionInputs, attention_inputs
 from .blocks import MAX_BYTES, ROW_BLOCK, Columns, align_blocks, map_blocks, sample_spans
 from .mask_rules import MASK_COLUMNS, AttentionRule
+from .stored_statistics import only_statistics, stored_statistics
 
 Floats = NDArray[np.float32]
 
@@ -73,6 +74,8 @@ def attention_statistics(
 ) -> xr.Dataset:
     """Compute several statistics of every attention row in one walk over q and k; lazy.
 
+    Of a run that has attn_stats and not both of q and k, those that were stored.
+
     Parameters
     ----------
     tokens
@@ -87,10 +90,14 @@ def attention_statistics(
 
     Raises
     ------
-    MissingSiteError, SpecificationError, FormatError, DataError
+    MissingSiteError    the run lacks q or k, and its attn_stats do not hold just these statistics.
+    SpecificationError, FormatError, DataError
         see `attention_inputs` and `align_blocks`; also when computed, naming sample and layer, if q or k are
         not finite there.
     """
+    if only_statistics(run, stack):
+        wanted = {name: attrs for statistic in statistics for name, attrs in statistic.variables.items()}
+        return stored_statistics(run, wanted, stack=stack, tokens=tokens, layer=layer, sample=sample)
     inputs = attention_inputs(run, stack=stack, tokens=tokens, layer=layer, sample=sample)
     blocks = align_blocks(inputs.query[inputs.query_name], inputs.key[inputs.key_name], max_bytes=max_bytes)
     names = [name for statistic in statistics for name in statistic.variables]
