@@ -88,10 +88,12 @@ def _plain(run: Path) -> list[Problem]:
         tree = open_run(run, allow_partial=True)
     except MechanisticError as error:
         return [*problems, Problem("/", error.what)]
+    broken = {p.path.split("/c/")[0] for p in damaged}
     for group, axis in manifest.axes.items():
         if axis is not None:
-            broken = {p.path.split("/c/")[0] for p in damaged}
             problems += _group(open_group(tree, group), group, axis, manifest, broken)
+        if group.endswith("/pattern_rows") and not {f"{group}/start", f"{group}/length"} & broken:
+            problems += _pattern_rows(open_group(tree, group), group, manifest)
     return problems
 
 
@@ -174,6 +176,33 @@ def _group(
                 yield Problem(
                     f"{group}/{name}", f"holds {odd[:5].tolist()}, which its flag_values do not name"
                 )
+
+
+def _pattern_rows(rows: xr.Dataset, group: str, manifest: Manifest) -> Iterator[Problem]:
+    """Rows of attention stand end to end: each begins where the one before it ends, to the last entry."""
+    lacking = [name for name in ("start", "length", "key_start") if name not in rows.variables]
+    if lacking:
+        yield Problem(group, f"lacks {', '.join(lacking)}")
+        return
+    start, length = (np.asarray(rows[name].values) for name in ("start", "length"))
+    ends = np.concatenate([[0], np.cumsum(length)])
+    if (wrong := np.flatnonzero(start != ends[:-1])).size:
+        row = int(wrong[0])
+        what = f"row {row} starts at entry {start[row]}, where the rows before it end at {ends[row]}"
+        yield Problem(f"{group}/start", what, _owners(rows, wrong))
+    if (short := np.flatnonzero(length < 1)).size:
+        yield Problem(
+            f"{group}/length", f"row {short[0]} has {length[short[0]]} entries", _owners(rows, short)
+        )
+    entries = manifest.rows.get(group.removesuffix("_rows"), 0)
+    if ends[-1] != entries:
+        yield Problem(f"{group}/length", f"rows of {ends[-1]} entries in all, for {entries} in the pattern")
+
+
+def _owners(rows: xr.Dataset, wrong: np.ndarray) -> tuple[int, ...]:
+    if "sample_index" not in rows.variables:
+        return ()
+    return tuple(int(i) for i in np.unique(rows["sample_index"].values[wrong]))
 
 
 def _sample_index(index: np.ndarray, group: str, manifest: Manifest) -> Iterator[Problem]:

@@ -10,8 +10,9 @@ import pytest
 import small_run
 import zarr
 
-from mechanistic.store import RunWriter
+from mechanistic.store import ArraySchema, GroupSchema, RunWriter
 from mechanistic.store.errors import FormatError, UsageError
+from mechanistic.store.schema import token_columns
 from mechanistic.store.verify import verify_run
 
 
@@ -80,3 +81,44 @@ def test_verify__not_a_run(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match="not a mechanistic run"):
         verify_run(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "found"),
+    [
+        ([0, 2, 5], [2, 3, 1], []),
+        ([0, 3, 5], [2, 3, 1], ["start: row 1 starts at entry 3, where the rows before it end at 2"]),
+        ([0, 1, 4], [2, 3, 1], ["start: row 1 starts at entry 1, where the rows before it end at 2"]),
+        ([1, 3, 6], [2, 3, 1], ["start: row 0 starts at entry 1, where the rows before it end at 0"]),
+        ([0, 2, 5], [2, 3, 2], ["length: rows of 7 entries in all, for 6 in the pattern"]),
+        ([0, 2, 2], [2, 0, 4], ["length: row 1 has 0 entries"]),
+    ],
+)
+def test_verify__attention_rows_stand_end_to_end(
+    tmp_path: Path, start: list[int], length: list[int], found: list[str]
+) -> None:
+    places = [ArraySchema("start", ("token",), "int64", attrs={"points_into": "text/pattern"})]
+    places += [ArraySchema("length", ("token",), "int64"), ArraySchema("key_start", ("token",), "int32")]
+    labels = token_columns("token")
+    weights = ArraySchema("pattern", ("layer", "entry", "head"), "float32", {"layer": 2, "head": 1})
+    groups = [
+        *small_run.groups(),
+        GroupSchema("text/pattern", "entry", (weights,), {}, {"layer": np.arange(2, dtype=np.int32)}),
+        GroupSchema("text/pattern_rows", "token", (*places, *labels), {}),
+    ]
+    rows = small_run.rows(0)
+    tokens = {name: rows["tokens/text"][name][:3] for name in (column.name for column in labels)}
+    rows["text/pattern"] = {"pattern": np.ones((2, 6, 1), np.float32)}
+    rows["text/pattern_rows"] = {
+        **tokens,
+        "start": np.array(start),
+        "length": np.array(length),
+        "key_start": np.zeros(3, np.int32),
+    }
+    with RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, groups, samples=1) as writer:
+        writer.append(rows, samples=1)
+        writer.finish()
+    told = [str(problem) for problem in verify_run(tmp_path / "run")]
+    assert len(told) == len(found)
+    for text, expected in zip(told, found, strict=True):
+        assert text.startswith(f"text/pattern_rows/{expected}")
