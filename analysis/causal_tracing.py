@@ -1,0 +1,308 @@
+"""Causal tracing: spoil the subject or the image, restore one state, see how much of the answer returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import ModelError, SpecificationError
+
+from .experiment import (
+    UNITS,
+    Experiment,
+    begin,
+    chosen_layers,
+    layer_window,
+    place_names,
+    places_of,
+    trial_masks,
+    with_mean,
+)
+
+if TYPE_CHECKING:
+    from mechanistic.capture.trial import Metric, Trial
+
+SITES = ("resid_post", "attn_out", "mlp_out")
+CORRUPTIONS = ("noise", "mean")
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What is spoiled, what is restored, and where."""
+
+    corrupt: str
+    corruption: str
+    deviation: float
+    mean: NDArray[np.float32]
+    copies: int
+    seed: int
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+    places: tuple[str | int, ...]
+    window: int
+    metric: Metric
+
+
+def causal_tracing(
+    samples: Any,
+    model: Any,
+    *,
+    corrupt: str = "subject",
+    corruption: str = "noise",
+    noise_scale: float = 3.0,
+    noise_samples: int = 10,
+    sites: Sequence[str] = SITES,
+    places: Sequence[str | int] | None = None,
+    layers: int | Sequence[int] | None = None,
+    window: int = 1,
+    metric: Metric = "probability",
+    batch_size: int = 8,
+    level: float = 0.95,
+    seed: int = 0,
+    quiet: bool = False,
+) -> xr.Dataset:
+    """Average total and indirect effects of states on the answer, as ROME defines them.
+
+    With p of the clean run, p* of the run whose chosen embeddings have noise added, and p*(h) of that run
+    with the state h as it is in the clean one: TE = p - p*, IE(h) = p*(h) - p*, both averaged over noise
+    samples and then over samples. Noise has `noise_scale` times one standard deviation, taken over all
+    numbers of all chosen embeddings of all samples; embeddings are what enters the decoder's first layer
+    (resid_pre).
+
+    Parameters
+    ----------
+    samples
+        A dataset such as Shapes(32), a list of samples, or one Sample.
+    model
+        What `load_model` returned, or a name for it.
+    corrupt
+        The tokens that are spoiled: ``"subject"``, ``"image"``, ``"subject+object"``, see `select_tokens`.
+    corruption
+        ``"noise"``; or ``"mean"``, which puts the mean of all chosen embeddings there, once.
+    sites
+        The states that are restored: resid_post, attn_out, mlp_out (also resid_pre, resid_mid).
+    places
+        Tokens whose states are restored together: roles, boxes (``"subject_box"``), positions (3 or
+        ``"@3"``); by default every role that all samples have. See `place_masks`.
+    window
+        Layers restored together at attn_out and mlp_out, around the one named: l - window // 2 to
+        l - (-window // 2) - 1. The residual stream is restored at one layer.
+    metric
+        ``"probability"`` of the right answer's first token (ROME's), ``"log_probability"``, or
+        ``"logit_diff"``: its logit less the mean of the other options'.
+
+    Returns
+    -------
+    clean, corrupted, total_effect (sample), float64, units of the metric.
+    restored, indirect_effect (sample, site, layer, place), float64.
+    average_total_effect (), average_indirect_effect (site, layer, place), each with _low and _high: bootstrap
+        interval over samples, minimal-pair sets together.
+    recovered (site, layer, place), float64: average indirect over average total effect; NaN where that is 0.
+
+    Raises
+    ------
+    SpecificationError  a site, layer, place, metric or corruption that does not exist.
+    DataError           a sample without such tokens, without an answer, or whose answer is not told apart by
+                        one token.
+    ModelError          the model adds image features in higher layers too and the image is to be spoiled, or
+                        it does not have the site.
+
+    References
+    ----------
+    Meng, Bau, Andonian and Belinkov (2022), Locating and editing factual associations in GPT, section 2.1,
+    arXiv:2202.05262.
+    """
+    experiment = begin(model, samples)
+    _check(sites, corruption, noise_scale, noise_samples, window)
+    numbers, named = chosen_layers(experiment, layers), places_of(experiment, places)
+    spread, mean = _embedding_statistics(experiment, corrupt, batch_size, metric)
+    sweep = _Sweep(
+        corrupt=corrupt,
+        corruption=corruption,
+        deviation=noise_scale * spread,
+        mean=mean,
+        copies=noise_samples if corruption == "noise" else 1,
+        seed=seed,
+        sites=tuple(sites),
+        layers=tuple(numbers),
+        places=tuple(named),
+        window=window,
+        metric=metric,
+    )
+    result = _effects(experiment, sweep, batch_size, quiet)
+    for name in ("total_effect", "indirect_effect"):
+        result = with_mean(result, name, f"average_{name}", experiment.clusters, level=level, seed=seed)
+    total = result["average_total_effect"]
+    result["recovered"] = (result["average_indirect_effect"] / total.where(total != 0)).assign_attrs(
+        units="1", long_name="share of the total effect recovered"
+    )
+    result.attrs = experiment.attrs | {
+        "analysis": "causal_tracing",
+        "corrupt": corrupt,
+        "corruption": corruption,
+        "noise_standard_deviation": sweep.deviation if corruption == "noise" else 0.0,
+        "noise_scale": noise_scale,
+        "noise_samples": sweep.copies,
+        "window": window,
+        "metric": metric,
+        "level": level,
+        "seed": seed,
+    }
+    return result
+
+
+def _check(sites: Sequence[str], corruption: str, scale: float, copies: int, window: int) -> None:
+    known = ("resid_pre", "resid_mid", *SITES)
+    if unknown := [site for site in sites if site not in known]:
+        raise SpecificationError(
+            f"No state '{unknown[0]}' can be restored.", f"Choose of {', '.join(known)}."
+        )
+    if corruption not in CORRUPTIONS:
+        raise SpecificationError(
+            f"There is no corruption '{corruption}' of embeddings.", f"There are {', '.join(CORRUPTIONS)}."
+        )
+    if scale <= 0 or copies < 1 or window < 1 or not sites:
+        raise SpecificationError(
+            f"noise_scale={scale}, noise_samples={copies}, window={window}, {len(sites)} sites.",
+            "The scale is above 0, the others are 1 or more: noise_scale=3.0, noise_samples=10, window=1.",
+        )
+
+
+def _embedding_statistics(
+    experiment: Experiment, corrupt: str, batch_size: int, metric: Metric
+) -> tuple[float, NDArray[np.float32]]:
+    """Standard deviation over all numbers, and mean (d_model), of the chosen tokens' embeddings."""
+    import torch
+
+    rows = []
+    for _, trial in experiment.trials(batch_size, metric):
+        _require_reachable(experiment.loaded, trial, corrupt)
+        mask = torch.from_numpy(trial_masks(trial, [corrupt])[0])
+        with torch.no_grad():
+            seen, _ = trial.read([(0, "resid_pre")])
+        rows.append(seen[0, "resid_pre"].float().cpu()[mask].numpy())
+    every = np.concatenate(rows)
+    # Over n - 1, as the authors' torch.std counts.
+    return float(every.std(dtype=np.float64, ddof=1)), every.mean(0)
+
+
+def _require_reachable(loaded: Any, trial: Trial, corrupt: str) -> None:
+    from mechanistic.capture.decoder_inputs import DEEPSTACK
+    from mechanistic.capture.forward import takes
+
+    images = [table["kind"] == 1 for table in trial.batch.decoder]
+    chosen = trial_masks(trial, [corrupt])[0]
+    spoiled = any(chosen[row, : len(image)][image].any() for row, image in enumerate(images))
+    if spoiled and takes(loaded.model.get_decoder(), DEEPSTACK):
+        raise ModelError(
+            f"{type(loaded.model).__name__} adds image features in higher layers too, which noise on its "
+            "embeddings leaves clean.",
+            "Corrupt the pixels instead, with corrupt_images, and patch between the pairs.",
+        )
+
+
+def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, quiet: bool) -> xr.Dataset:
+    """Clean, corrupted and restored metric of every sample."""
+    import torch
+
+    from mechanistic.capture.forward_progress import forward_progress
+
+    size = len(experiment.samples)
+    # Rows of a forward are the noise samples of each sample.
+    per_batch = max(1, batch_size // sweep.copies)
+    shape = (size, len(sweep.sites), len(sweep.layers), len(sweep.places))
+    clean, corrupted, restored = np.empty(size), np.empty(size), np.empty(shape)
+    total = -(-size // per_batch) * (2 + int(np.prod(shape[1:])))
+    with torch.no_grad(), forward_progress(total, quiet=quiet) as progress:
+        for where, trial in experiment.trials(per_batch, sweep.metric):
+            masks = trial_masks(trial, [sweep.corrupt, *sweep.places])
+            sites = [(layer, site) for site in sweep.sites for layer in range(experiment.layers)]
+            states, logits = trial.read(sites)
+            clean[where] = _mean_of(trial.metric_of(logits, sweep.metric))
+            progress.step()
+            spoil = _spoiling(trial, masks[0], sweep)
+            corrupted[where] = _mean_of(trial.measure(sweep.metric, [spoil], sweep.copies))
+            progress.step()
+            for index, edits in _restorations(experiment, states, masks[1:], sweep):
+                value = trial.measure(sweep.metric, [spoil, *edits], sweep.copies)
+                restored[(where, *index)] = _mean_of(value)
+                progress.step()
+    return _labelled(experiment, sweep, clean, corrupted, restored)
+
+
+def _mean_of(values: Any) -> NDArray[np.float64]:
+    """Mean over copies (copy, sample)."""
+    return np.asarray(values.double().mean(0).cpu().numpy())
+
+
+def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> Any:
+    """The edit that spoils the chosen embeddings, in every copy with other noise."""
+    import torch
+
+    from mechanistic.capture.corruptions import embedding_noise
+    from mechanistic.capture.interventions import Add, Edit
+    from mechanistic.capture.trial import put_back
+
+    width = len(sweep.mean)
+    if sweep.corruption == "mean":
+        values = torch.from_numpy(sweep.mean).expand(*mask.shape, width)
+        return Edit("text", 0, "resid_pre", put_back(values, torch.from_numpy(mask), sweep.copies))
+    noise = embedding_noise(
+        mask, width, scale=sweep.deviation, copies=sweep.copies, seed=sweep.seed, start=trial.batch.start
+    )
+    return Edit("text", 0, "resid_pre", Add(noise))
+
+
+def _restorations(
+    experiment: Experiment, states: dict[tuple[int, str], Any], masks: NDArray[np.bool_], sweep: _Sweep
+) -> Iterator[tuple[tuple[int, int, int], list[Any]]]:
+    """(site, layer, place) by their places in the result, and the edits that restore what is there."""
+    import torch
+
+    from mechanistic.capture.interventions import Edit
+    from mechanistic.capture.trial import put_back
+
+    for site_at, site in enumerate(sweep.sites):
+        for layer_at, layer in enumerate(sweep.layers):
+            wide = sweep.window if site in ("attn_out", "mlp_out") else 1
+            for place_at, mask in enumerate(masks):
+                where = torch.from_numpy(mask)
+                edits = [
+                    Edit("text", number, site, put_back(states[number, site], where, sweep.copies))
+                    for number in layer_window(layer, wide, experiment.layers)
+                ]
+                yield (site_at, layer_at, place_at), edits
+
+
+def _labelled(
+    experiment: Experiment,
+    sweep: _Sweep,
+    clean: NDArray[np.float64],
+    corrupted: NDArray[np.float64],
+    restored: NDArray[np.float64],
+) -> xr.Dataset:
+    units = {"units": UNITS[sweep.metric]}
+    grid = ("sample", "site", "layer", "place")
+    what = sweep.metric.replace("_", " ")
+    result = xr.Dataset(
+        {
+            "clean": ("sample", clean, {**units, "long_name": f"{what} in the clean run"}),
+            "corrupted": ("sample", corrupted, {**units, "long_name": f"{what} in the corrupted run"}),
+            "total_effect": ("sample", clean - corrupted, {**units, "long_name": "total effect"}),
+            "restored": (grid, restored, {**units, "long_name": f"{what} with the state restored"}),
+        },
+        {
+            "site": list(sweep.sites),
+            "layer": np.array(sweep.layers, np.int32),
+            "place": place_names(sweep.places),
+            **experiment.coordinates(),
+        },
+    )
+    effect = result["restored"] - result["corrupted"]
+    result["indirect_effect"] = effect.assign_attrs({**units, "long_name": "indirect effect"})
+    return result

@@ -1,0 +1,185 @@
+"""What an experiment on a model starts from, and what its result says about where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import DataError, SpecificationError
+
+from .intervals import bootstrap_interval
+from .token_places import default_places, place_masks, place_name
+
+if TYPE_CHECKING:
+    from mechanistic.capture.trial import Metric, Trial
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model, the samples that it is asked, and the attributes that say so."""
+
+    loaded: Any
+    samples: tuple[Any, ...]
+    attrs: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        """How many the decoder has."""
+        return len(self.loaded.anatomy.stack("text").layers)
+
+    @property
+    def clusters(self) -> NDArray[np.str_]:
+        """Which samples belong together: those of one group; a sample without one is alone."""
+        return np.array([each.group or f"sample {number}" for number, each in enumerate(self.samples)])
+
+    def trials(
+        self, batch_size: int, metric: Metric, foils: Sequence[str | None] | None = None
+    ) -> Iterator[tuple[slice, Trial]]:
+        """The samples in batches, each with its place among all. Raises like `prepare_trial`."""
+        yield from _trials(self.loaded, self.samples, batch_size, metric, foils)
+
+    def coordinates(self, dim: str = "sample") -> dict[str, Any]:
+        """The labels of the samples along `dim`."""
+        return {
+            "sample_id": (dim, [each.sample_id for each in self.samples]),
+            "relation": (dim, [each.relation for each in self.samples]),
+        }
+
+
+def _trials(
+    loaded: Any, samples: Sequence[Any], batch_size: int, metric: Metric, foils: Sequence[str | None] | None
+) -> Iterator[tuple[slice, Trial]]:
+    from mechanistic.capture.trial import prepare_trial
+
+    if batch_size < 1:
+        raise SpecificationError(f"batch_size is {batch_size}.", "Give 1 or more.")
+    halves = None
+    for start in range(0, len(samples), batch_size):
+        where = slice(start, min(start + batch_size, len(samples)))
+        own = None if foils is None else foils[where]
+        trial = prepare_trial(loaded, samples[where], start=start, foils=own, metric=metric, halves=halves)
+        halves = trial.halves
+        yield where, trial
+
+
+def begin(model: Any, samples: Any) -> Experiment:
+    """Load what is given by name, and make samples of a dataset, a list or a run that holds its images.
+
+    Raises
+    ------
+    UsageError      these are no samples.
+    ModelError      the model cannot be loaded, or has no decoder.
+    """
+    from mechanistic.capture.given import given_model, given_samples
+
+    loaded = given_model(model, None, "LoadedModel(model, processor, 'mine')")
+    loaded.anatomy.stack("text")
+    source = samples
+    chosen = given_samples(samples)
+    attrs = {
+        "model": loaded.name,
+        "model_revision": loaded.revision,
+        "weights_sha256": loaded.weights_sha256,
+        "dtype": loaded.dtype,
+        "n_sample": len(chosen),
+    }
+    if hasattr(source, "fingerprint"):
+        attrs |= {"dataset": source.name, "dataset_hash": source.fingerprint()}
+    return Experiment(loaded, tuple(chosen), attrs)
+
+
+def chosen_layers(experiment: Experiment, layers: int | Sequence[int] | None) -> list[int]:
+    """The decoder's layers with these numbers, all for None. SpecificationError if one does not exist."""
+    return _chosen(layers, experiment.layers, "layer")
+
+
+def chosen_heads(experiment: Experiment, heads: int | Sequence[int] | None) -> list[int]:
+    """The heads of the decoder with these numbers, all for None. SpecificationError if one does not exist."""
+    return _chosen(heads, experiment.loaded.anatomy.stack("text").heads, "head")
+
+
+def _chosen(wanted: int | Sequence[int] | None, count: int, what: str) -> list[int]:
+    if wanted is None:
+        return list(range(count))
+    numbers = [int(number) for number in np.atleast_1d(np.asarray(wanted, int))]
+    if not numbers or (outside := [number for number in numbers if not 0 <= number < count]):
+        raise SpecificationError(
+            f"There is no {what} {', '.join(map(str, outside)) if numbers else 'chosen'}; "
+            f"the decoder has {count}.",
+            f"They are numbered from 0 to {count - 1}; leave it out for all.",
+        )
+    return numbers
+
+
+def layer_window(layer: int, window: int, count: int) -> range:
+    """The layers of a window around `layer`, as ROME counts them: layer - window // 2 and so on."""
+    return range(max(0, layer - window // 2), min(count, layer - (-window // 2)))
+
+
+def trial_masks(trial: Trial, places: Sequence[str | int]) -> NDArray[np.bool_]:
+    """Which tokens of a trial are at each place: (place, sample, token). Raises like `place_masks`."""
+    samples = trial.batch.samples
+    extras = [sample.extra for sample in samples]
+    masks = place_masks(trial.batch.decoder, extras, places, [sample.sample_id for sample in samples])
+    return np.pad(masks, ((0, 0), (0, 0), (0, trial.width - masks.shape[2])))
+
+
+def places_of(experiment: Experiment, places: Sequence[str | int] | str | None) -> list[str | int]:
+    """The places asked for; by default every role that all samples have.
+
+    Raises
+    ------
+    DataError    samples have no role in common.
+    """
+    if isinstance(places, str | int):
+        return [places]
+    if places is not None:
+        return list(places)
+    tables, extras = [], []
+    for _, trial in experiment.trials(8, "log_probability"):
+        tables += trial.batch.decoder
+        extras += [sample.extra for sample in trial.batch.samples]
+    found = default_places(tables, extras)
+    if not found:
+        raise DataError("These samples have no role in common.", "Name places: places=['last', '@3'].")
+    return list(found)
+
+
+def place_names(places: Sequence[str | int]) -> list[str]:
+    """Their names, for a coordinate."""
+    return [place_name(place) for place in places]
+
+
+def with_mean(
+    result: xr.Dataset,
+    name: str,
+    mean: str,
+    clusters: NDArray[Any],
+    *,
+    level: float,
+    seed: int,
+    dim: str = "sample",
+) -> xr.Dataset:
+    """Add the mean of a variable over samples, and its bootstrap interval by clusters of samples."""
+    values = result[name].transpose(..., dim)
+    low, high = bootstrap_interval(
+        values.values, level=level, clusters=clusters, resamples=RESAMPLES, seed=seed
+    )
+    dims = values.dims[:-1]
+    attrs = {"units": values.attrs.get("units", "1")}
+    label = f"mean {values.attrs.get('long_name', name)}"
+    result[mean] = (dims, values.values.mean(-1), {**attrs, "long_name": label})
+    for end, bound in (("low", low), ("high", high)):
+        text = f"{label}: {end} end of the {level:.0%} interval"
+        result[f"{mean}_{end}"] = (dims, bound, {**attrs, "long_name": text})
+    return result
+
+
+UNITS = {"logit_diff": "logit", "probability": "1", "log_probability": "nat"}

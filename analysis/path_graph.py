@@ -1,0 +1,122 @@
+"""The paths that carry an answer, read as a graph of heads and MLPs, and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from mechanistic.store.errors import DimensionError
+
+from .palette import BLUE, GREY, VERMILLION, new_axes, quiet, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOGITS = "logits"
+
+
+def path_graph(result: xr.Dataset, *, threshold: float = 0.05) -> xr.Dataset:
+    """The edges of a path-patching result that carry at least a share of the answer, strongest first.
+
+    Returns
+    -------
+    source, target (edge), node names: "2.3" is head 3 of layer 2, "2.mlp" its MLP, "logits" the end.
+    input (edge), text: q, k, v or logits, what of the target the source reaches.
+    share (edge), float64; effect (edge), float64, logits: mean over pairs.
+    node_layer (node), int32: layer, the logits one above the last; total_share (node), float64: what the
+        whole node carries, NaN for one that was no sender.
+    Keys and values of a group of heads are one node, named by its first head.
+
+    Raises
+    ------
+    DimensionError  not what `path_patching` returned.
+    """
+    if not {"share", "mean_effect", "total_share"} <= set(result.variables):
+        raise DimensionError("this holds no shares of paths.", "Pass what path_patching returned.")
+    share = result["share"].transpose("sender", "receiver")
+    values = np.abs(share.values)
+    at, to = np.nonzero(np.nan_to_num(values) >= threshold)
+    order = np.argsort(-values[at, to], kind="stable")
+    at, to = at[order], to[order]
+    heads = int(result.attrs.get("heads_per_key_head", 1))
+    names = [_target(result, place, heads) for place in to]
+    sources = result["sender"].values[at].astype(str)
+    layers = {
+        str(name): int(layer) for name, layer in zip(sources, result["sender_layer"].values[at], strict=True)
+    }
+    layers |= {
+        name: int(layer) for name, layer in zip(names, result["receiver_layer"].values[to], strict=True)
+    }
+    nodes = sorted(layers, key=lambda name: (layers[name], name))
+    totals = dict(zip(result["sender"].values.astype(str), result["total_share"].values, strict=True))
+    effect = result["mean_effect"].transpose("sender", "receiver").values[at, to]
+    unit = {"units": "1", "long_name": "share of the difference between clean and corrupt"}
+    return xr.Dataset(
+        {
+            "source": ("edge", sources.astype(object)),
+            "target": ("edge", np.array(names, object)),
+            "input": ("edge", result["receiver_input"].values[to].astype(object)),
+            "share": ("edge", share.values[at, to], unit),
+            "effect": ("edge", effect, {"units": "logit", "long_name": "mean effect of the path"}),
+            "total_share": ("node", np.array([totals.get(name, np.nan) for name in nodes]), unit),
+        },
+        {"node": nodes, "node_layer": ("node", np.array([layers[name] for name in nodes], np.int32))},
+        {**result.attrs, "threshold": threshold},
+    )
+
+
+def _target(result: xr.Dataset, place: int, heads: int) -> str:
+    """The node of a receiver; key heads are named by the first head that uses them."""
+    name = str(result["receiver_input"].values[place])
+    if name == LOGITS:
+        return LOGITS
+    head = int(result["receiver_head"].values[place])
+    return f"{int(result['receiver_layer'].values[place])}.{head if name == 'q' else head * heads}"
+
+
+def plot_path_graph(
+    graph: xr.Dataset, *, title: str = "", ax: Axes | None = None, save_path: str | Path | None = None
+) -> tuple[Figure, Axes]:
+    """Draw a graph of `path_graph`, layers from below; wide lines carry more, red ones work against it.
+
+    Raises
+    ------
+    DimensionError  no edge, or not what `path_graph` returned.
+    """
+    if "edge" not in graph.dims or not graph.sizes["edge"]:
+        raise DimensionError(
+            "there is no path to draw.", "Lower the threshold: path_graph(result, threshold=0.01)."
+        )
+    names = [str(name) for name in graph["node"].values]
+    layers = graph["node_layer"].values
+    places: dict[str, tuple[float, float]] = {}
+    for layer in np.unique(layers):
+        here = [name for name, own in zip(names, layers, strict=True) if own == layer]
+        places |= {name: (place - (len(here) - 1) / 2, float(layer)) for place, name in enumerate(here)}
+    figure, ax = new_axes(ax, (5.4, 1.2 + 0.8 * len(np.unique(layers))))
+    widest = float(np.abs(graph["share"].values).max())
+    for source, target, name, share in zip(
+        *(graph[key].values for key in ("source", "target", "input", "share")), strict=True
+    ):
+        start, stop = places[str(source)], places[str(target)]
+        style = {"color": BLUE if share > 0 else VERMILLION, "lw": 0.5 + 3.5 * abs(float(share)) / widest}
+        ax.annotate("", stop, start, arrowprops={"arrowstyle": "-|>", "shrinkA": 12, "shrinkB": 12, **style})
+        label = f"{share:.2f}" if name == LOGITS else f"{name} {share:.2f}"
+        middle = tuple((np.add(start, stop) / 2).tolist())
+        ax.annotate(label, (middle[0], middle[1]), fontsize=8, color=GREY, ha="left")
+    for name, (x, y) in places.items():
+        ax.text(x, y, name, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "fc": "white"})
+    reach = max(abs(x) for x, _ in places.values()) + 0.8
+    ax.set_xlim(-reach, reach)
+    ax.set_ylim(float(layers.min()) - 0.5, float(layers.max()) + 0.5)
+    ax.set_xticks([])
+    ax.set_yticks(np.unique(layers[np.array(names) != LOGITS]))
+    ax.set_ylabel("layer")
+    quiet(ax)
+    ax.set_title(title, fontsize=10)
+    save(figure, save_path)
+    return figure, ax

@@ -1,0 +1,308 @@
+"""Path patching: how much of what a head or an MLP does reaches the answer through which head's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import SpecificationError
+
+from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs
+from .experiment import begin, trial_masks, with_mean
+from .token_places import place_name
+
+if TYPE_CHECKING:
+    from mechanistic.capture.trial import Trial
+
+INPUTS = ("q", "k", "v")
+LOGITS = "logits"
+MLP = "mlp"
+
+# (layer, head), or (layer, "mlp").
+Sender = tuple[int, int | str]
+# (layer, head, input); the logits are (number of layers, -1, "logits").
+Receiver = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class _Paths:
+    senders: tuple[Sender, ...]
+    receivers: tuple[Receiver, ...]
+    place: str | int
+    freeze_mlps: bool
+    layers: int
+    rows: int
+
+
+def path_patching(
+    samples: Any,
+    model: Any,
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    senders: Sequence[Sender] | None = None,
+    receivers: Sequence[tuple[int, int] | str] | None = None,
+    inputs: Sequence[str] = INPUTS,
+    place: str | int = "all",
+    freeze_mlps: bool = True,
+    min_difference: float = MIN_DIFFERENCE,
+    batch_size: int = 32,
+    level: float = 0.95,
+    seed: int = 0,
+    quiet: bool = False,
+) -> xr.Dataset:
+    """Effect on the answer of each path sender -> receiver -> anything later, all else frozen.
+
+    For a clean and a corrupt prompt: (1) run the clean one with every head and MLP frozen at its clean value
+    but the sender, which has its corrupt one, and keep what the receiver then gets as its query, key or
+    value; (2) run the clean one again, unfrozen, with this input in its place. The logits receive in step 1
+    directly: that is the sender's direct effect. Senders share forwards, as copies of the batch.
+
+    Parameters
+    ----------
+    samples, model
+        As in `causal_tracing`.
+    pairs
+        (clean, corrupt) by number; by default the minimal pairs of the samples.
+    senders
+        (layer, head), or (layer, "mlp"); by default all.
+    receivers
+        (layer, head), each of whose `inputs` receives, or ``"logits"``; by default all. For k and v, heads
+        that share keys are one receiver, the key head; a receiver named by its query head is translated.
+    place
+        The tokens at which the sender's value is corrupt, see `causal_tracing`; everywhere by default.
+    freeze_mlps
+        False lets MLPs answer to the sender (as the paper on indirect object identification does), so that
+        paths through them count as direct.
+    min_difference
+        Pairs whose clean and corrupt logit differences are nearer than this many logits are dropped.
+
+    Returns
+    -------
+    clean, corrupt (pair), float64, logits: clean answer less corrupt answer.
+    effect (pair, sender, receiver), float64, logits: change of that difference; NaN where the sender does not
+        come before the receiver.
+    total_effect, direct_effect, indirect_effect (pair, sender): of the sender's corrupt value with nothing
+        frozen; on the logits alone (absent where they are no receiver); and what is between the two.
+    share (sender, receiver), total_share (sender), float64: sums over pairs of effect and of corrupt - clean,
+        divided; 1 carries the whole answer over.
+    mean_effect (sender, receiver), with _low and _high: bootstrap over pairs, sets together.
+
+    Raises
+    ------
+    SpecificationError  a sender, receiver, input or place that does not exist.
+    DataError           see `answer_pairs`: no pairs, unequal lengths, all pairs nearly alike.
+
+    References
+    ----------
+    Wang et al. (2022), arXiv:2211.00593, section 3.1. Goldowsky-Dill et al. (2023), arXiv:2304.05969.
+    """
+    experiment = begin(model, samples)
+    stack = experiment.loaded.anatomy.stack("text")
+    shape = (experiment.layers, stack.heads, stack.kv_heads)
+    paths = _Paths(
+        _senders(senders, shape),
+        _receivers(receivers, inputs, shape),
+        place,
+        freeze_mlps,
+        experiment.layers,
+        batch_size,
+    )
+    chosen = answer_pairs(experiment, pairs, min_difference=min_difference, batch_size=batch_size)
+    effect, total = _effects(chosen, paths, quiet)
+    result = _labelled(chosen, paths, effect, total)
+    result = with_mean(result, "effect", "mean_effect", chosen.clusters, level=level, seed=seed, dim="pair")
+    result.attrs |= {
+        "analysis": "path_patching",
+        "heads_per_key_head": stack.heads // stack.kv_heads,
+        "place": place_name(place),
+        "freeze_mlps": int(freeze_mlps),
+        "min_difference": min_difference,
+        "metric": "logit_diff",
+        "level": level,
+        "seed": seed,
+    }
+    return result
+
+
+def _senders(wanted: Sequence[Sender] | None, shape: tuple[int, int, int]) -> tuple[Sender, ...]:
+    layers, heads, _ = shape
+    if wanted is None:
+        names: list[int | str] = [*range(heads), MLP]
+        return tuple((layer, name) for layer in range(layers) for name in names)
+    for layer, name in wanted:
+        known = name == MLP or (isinstance(name, int | np.integer) and 0 <= name < heads)
+        if not (0 <= layer < layers and known):
+            raise SpecificationError(
+                f"There is no sender ({layer}, {name!r}); the decoder has {layers} layers of {heads} heads.",
+                "Name (layer, head) or (layer, 'mlp'), numbered from 0.",
+            )
+    return tuple((int(layer), name if name == MLP else int(name)) for layer, name in wanted)
+
+
+def _receivers(
+    wanted: Sequence[tuple[int, int] | str] | None, inputs: Sequence[str], shape: tuple[int, int, int]
+) -> tuple[Receiver, ...]:
+    layers, heads, kv_heads = shape
+    if unknown := [name for name in inputs if name not in INPUTS]:
+        raise SpecificationError(f"A head has no input '{unknown[0]}'.", f"It has {', '.join(INPUTS)}.")
+    if wanted is None:
+        wanted = [*((layer, head) for layer in range(layers) for head in range(heads)), LOGITS]
+    found: dict[Receiver, None] = {}
+    for each in wanted:
+        if each == LOGITS:
+            found[layers, -1, LOGITS] = None
+            continue
+        if isinstance(each, str) or not (0 <= each[0] < layers and 0 <= each[1] < heads):
+            raise SpecificationError(
+                f"There is no receiver {each!r}; the decoder has {layers} layers of {heads} heads.",
+                "Name (layer, head), numbered from 0, or 'logits'.",
+            )
+        layer, head = int(each[0]), int(each[1])
+        for name in inputs:
+            found[layer, head if name == "q" else head * kv_heads // heads, name] = None
+    return tuple(found)
+
+
+def _effects(
+    pairs: AnswerPairs, paths: _Paths, quiet: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Effects (pair, sender, receiver) and total effects (pair, sender)."""
+    import torch
+
+    from mechanistic.capture.forward_progress import forward_progress
+
+    size = len(pairs.numbers)
+    # Pairs and senders share a forward; some of each keeps both the padding and the copies small.
+    per_batch = min(size, max(1, round(paths.rows**0.5)))
+    copies = max(1, paths.rows // per_batch)
+    chunks = [
+        range(start, min(start + copies, len(paths.senders)))
+        for start in range(0, len(paths.senders), copies)
+    ]
+    effect = np.full((size, len(paths.senders), len(paths.receivers)), np.nan)
+    total = np.empty(effect.shape[:2])
+    forwards = -(-size // per_batch) * sum(2 + len(paths.receivers) for _ in chunks)
+    with torch.no_grad(), forward_progress(forwards, quiet=quiet) as progress:
+        for where, base, source in pairs.trials(per_batch):
+            sending = _Sending.of(base, source, paths)
+            for chunk in chunks:
+                senders = [paths.senders[number] for number in chunk]
+                value = sending.measured(sending.free(senders), len(chunk))
+                total[where, chunk.start : chunk.stop] = value.T - sending.clean[:, None]
+                progress.step()
+                for receiver, rows, value in sending.received(senders, progress.step):
+                    found = np.full((len(chunk), base.size), np.nan)
+                    found[rows] = value - sending.clean
+                    effect[where, chunk.start : chunk.stop, receiver] = found.T
+    return effect, total
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """One batch of pairs: every sender's clean and corrupt value."""
+
+    trial: Trial
+    paths: _Paths
+    clean_states: dict[tuple[int, str], Any]
+    corrupt_states: dict[tuple[int, str], Any]
+    where: Any
+    clean: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, base: Trial, source: Trial, paths: _Paths) -> _Sending:
+        import torch
+
+        sites = [(layer, site) for layer in range(paths.layers) for site in ("z", "mlp_out")]
+        clean, logits = base.read(sites)
+        corrupt, _ = source.read(sites)
+        where = torch.from_numpy(trial_masks(base, [paths.place])[0])
+        value = base.metric_of(logits, "logit_diff")[0].double().cpu().numpy()
+        return cls(base, paths, clean, corrupt, where, value)
+
+    def measured(self, edits: Sequence[Any], copies: int) -> NDArray[np.float64]:
+        """The metric (copy, sample)."""
+        return np.asarray(self.trial.measure("logit_diff", edits, copies).double().cpu().numpy())
+
+    def free(self, senders: Sequence[Sender]) -> list[Any]:
+        """The senders corrupt, each in its copy, and everything else free."""
+        return self._sent(senders, frozen_heads=False, frozen_mlps=False)
+
+    def _sent(self, senders: Sequence[Sender], *, frozen_heads: bool, frozen_mlps: bool) -> list[Any]:
+        from mechanistic.capture.interventions import Edit
+        from mechanistic.capture.path_edits import Sent
+
+        edits = []
+        for layer in range(self.paths.layers):
+            for site, frozen in (("z", frozen_heads), ("mlp_out", frozen_mlps)):
+                own = tuple(
+                    (copy, None if name == MLP else int(name))
+                    for copy, (number, name) in enumerate(senders)
+                    if number == layer and (name == MLP) == (site == "mlp_out")
+                )
+                if own or frozen:
+                    clean = self.clean_states[layer, site] if frozen else None
+                    change = Sent(self.corrupt_states[layer, site], self.where, own, clean)
+                    edits.append(Edit("text", layer, site, change))
+        return edits
+
+    def received(
+        self, senders: Sequence[Sender], step: Any
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
+        """(place of a receiver, copies whose sender is below it, the metric of these copies)."""
+        from mechanistic.capture.interventions import Edit
+        from mechanistic.capture.path_edits import Received
+
+        below = np.array([layer for layer, _ in senders])
+        heads = [receiver for receiver in self.paths.receivers if receiver[2] != LOGITS]
+        sites = list(dict.fromkeys((layer, name) for layer, _, name in heads))
+        frozen = self._sent(senders, frozen_heads=True, frozen_mlps=self.paths.freeze_mlps)
+        inputs, logits = self.trial.read(sites, frozen, len(senders))
+        direct = self.trial.metric_of(logits, "logit_diff").double().cpu().numpy()
+        step()
+        for place, (layer, head, name) in enumerate(self.paths.receivers):
+            rows = np.flatnonzero(below < layer)
+            if name == LOGITS:
+                yield place, rows, direct
+            elif rows.size:
+                got = inputs[layer, name].unflatten(0, (len(senders), -1))[rows].flatten(0, 1)
+                edit = Edit("text", layer, name, Received(got, head))
+                yield place, rows, self.measured([edit], len(rows))
+            step()
+
+
+def _labelled(
+    pairs: AnswerPairs, paths: _Paths, effect: NDArray[np.float64], total: NDArray[np.float64]
+) -> xr.Dataset:
+    units = {"units": "logit"}
+    heads = [-1 if name == MLP else name for _, name in paths.senders]
+    names = [LOGITS if name == LOGITS else f"{layer}.{head}.{name}" for layer, head, name in paths.receivers]
+    result = pairs.dataset().assign_coords(
+        sender=[f"{layer}.{name}" for layer, name in paths.senders],
+        sender_layer=("sender", np.array([layer for layer, _ in paths.senders], np.int32)),
+        sender_head=("sender", np.array(heads, np.int32)),
+        receiver=names,
+        receiver_layer=("receiver", np.array([layer for layer, _, _ in paths.receivers], np.int32)),
+        receiver_head=("receiver", np.array([head for _, head, _ in paths.receivers], np.int32)),
+        receiver_input=("receiver", [name for _, _, name in paths.receivers]),
+    )
+    result["effect"] = (("pair", "sender", "receiver"), effect, {**units, "long_name": "effect of the path"})
+    result["total_effect"] = (("pair", "sender"), total, {**units, "long_name": "effect of the sender"})
+    logits = [place for place, (_, _, name) in enumerate(paths.receivers) if name == LOGITS]
+    if logits:
+        direct = effect[:, :, logits[0]]
+        result["direct_effect"] = (("pair", "sender"), direct, {**units, "long_name": "direct effect"})
+        result["indirect_effect"] = (
+            ("pair", "sender"),
+            total - direct,
+            {**units, "long_name": "effect through later heads and MLPs"},
+        )
+    whole = float((pairs.corrupt - pairs.clean).sum())
+    share = {"units": "1", "long_name": "share of the difference between clean and corrupt"}
+    result["share"] = (("sender", "receiver"), effect.sum(0) / whole, share)
+    result["total_share"] = (("sender",), total.sum(0) / whole, share)
+    return result

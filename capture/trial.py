@@ -1,0 +1,246 @@
+"""A batch of questions whose answers are measured while something inside the model is changed or read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mechanistic.store.errors import DataError, SpecificationError, UsageError
+
+from .answers import option_tokens, to_device
+from .batch import Batch, prepare_batch
+from .dataset import Sample
+from .forward import takes
+from .interventions import Edit, ReplaceRows, intervening
+from .models import LoadedModel
+from .prompts import Inputs
+from .residual import Halves, LayerProbe
+from .token_table import TokenTexts
+
+Metric = Literal["logit_diff", "probability", "log_probability"]
+
+# Share of a layer's largest value by which two children may miss adding up to it, by dtype.
+_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """First tokens of what can be answered: `options` (sample, option), -1 where a sample has fewer.
+
+    `right` (sample,) is the place of the right one; `foil` (sample,) that of the one it is compared with, -1
+    for the mean of all others.
+    """
+
+    options: Tensor
+    right: Tensor
+    foil: Tensor
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Samples, encoded once, to be asked again and again; copies of the batch follow one another."""
+
+    loaded: LoadedModel
+    batch: Batch
+    inputs: Inputs
+    answers: AnswerTokens
+    halves: Mapping[str, Halves | None]
+
+    @property
+    def size(self) -> int:
+        """Samples in it."""
+        return len(self.batch.samples)
+
+    @property
+    def width(self) -> int:
+        """Decoder tokens of the longest sample."""
+        return int(self.inputs["input_ids"].shape[1])
+
+    def logits(self, edits: Sequence[Edit] = (), copies: int = 1) -> Tensor:
+        """Logits (copy * sample, word) of each last prompt token; autograd is as the caller set it.
+
+        Raises like `intervening`.
+        """
+        inputs = {
+            name: value.repeat(copies, *[1] * (value.ndim - 1)) if copies > 1 else value
+            for name, value in self.inputs.items()
+        }
+        last = torch.as_tensor(self.batch.last_prompt, device=self.loaded.model.device).repeat(copies)
+        wanted, place = torch.unique(last, return_inverse=True)
+        arguments: dict[str, Any] = {"use_cache": False}
+        keep = takes(self.loaded.model, "logits_to_keep")
+        if keep:
+            # Logits of the whole vocabulary for every token would be the largest tensor by far.
+            arguments["logits_to_keep"] = wanted
+        with ExitStack() as active:
+            if edits:
+                active.enter_context(intervening(self.loaded, edits, self.halves))
+            logits: Tensor = self.loaded.model(**inputs, **arguments).logits
+        return logits[torch.arange(len(last), device=logits.device), place if keep else last].float()
+
+    def measure(self, metric: Metric, edits: Sequence[Edit] = (), copies: int = 1) -> Tensor:
+        """The metric of every copy of every sample, (copy, sample), float32. Raises like `intervening`."""
+        return self.metric_of(self.logits(edits, copies), metric)
+
+    def metric_of(self, logits: Tensor, metric: Metric) -> Tensor:
+        """The metric (copy, sample) of logits (copy * sample, word)."""
+        logits = logits.reshape(-1, self.size, logits.shape[-1])
+        right = self.answers.options.gather(1, self.answers.right[:, None]).expand(len(logits), -1, -1)
+        if metric != "logit_diff":
+            chosen = logits.log_softmax(-1).gather(-1, right)[..., 0]
+            return chosen if metric == "log_probability" else chosen.exp()
+        options = self.option_logits(logits)
+        others = _foil_weights(self.answers)
+        return logits.gather(-1, right)[..., 0] - (options.nan_to_num() * others).sum(-1)
+
+    def option_logits(self, logits: Tensor) -> Tensor:
+        """Logits (copy, sample, option), NaN where a sample has fewer options."""
+        logits = logits.reshape(-1, self.size, logits.shape[-1])
+        options = self.answers.options.expand(len(logits), -1, -1)
+        found = logits.gather(-1, options.clamp_min(0))
+        return found.masked_fill(options < 0, float("nan"))
+
+    def read(
+        self, sites: Sequence[tuple[int, str]], edits: Sequence[Edit] = (), copies: int = 1
+    ) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
+        """What (layer, site) of the decoder are in one forward, after the edits, and the logits."""
+        seen: dict[tuple[int, str], Tensor] = {}
+        keepers = [Edit("text", layer, site, Keep(seen, (layer, site))) for layer, site in sites]
+        logits = self.logits([*edits, *keepers], copies)
+        return seen, logits
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Changes nothing, and keeps what it saw."""
+
+    seen: dict[tuple[int, str], Tensor]
+    name: tuple[int, str]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.seen[self.name] = tensor
+        return tensor
+
+
+def at_tokens(where: Tensor, copies: int = 1, head: int | None = None) -> tuple[Tensor, ...]:
+    """The index of the tokens `where` (sample, token) in every copy; of one head there, if one is named."""
+    index: tuple[Tensor, ...] = where.repeat(copies, 1).nonzero(as_tuple=True)
+    return index if head is None else (*index, torch.full_like(index[0], head))
+
+
+def put_back(values: Tensor, where: Tensor, copies: int = 1, head: int | None = None) -> ReplaceRows:
+    """The change that puts `values` (sample, token, ...) at the tokens `where` of every copy."""
+    index = at_tokens(where, 1, head)
+    rows = values[tuple(axis.to(values.device) for axis in index)]
+    return ReplaceRows(at_tokens(where, copies, head), rows.repeat(copies, *[1] * (rows.ndim - 1)))
+
+
+def prepare_trial(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    *,
+    start: int = 0,
+    foils: Sequence[str | None] | None = None,
+    metric: str = "logit_diff",
+    halves: Mapping[str, Halves | None] | None = None,
+) -> Trial:
+    """Prompt, encode and label samples, and find the tokens of their answers.
+
+    Parameters
+    ----------
+    foils
+        For each sample the wrong answer that its right one is compared with; None, all other options.
+    halves
+        From an earlier trial of the model; absent, one forward finds them.
+
+    Raises
+    ------
+    SpecificationError    an unknown metric.
+    DataError             a sample has no answer, or nothing to compare it with, or an answer has no token of
+                          its own.
+    UsageError            the model is in training mode.
+    """
+    if metric not in get_args(Metric):
+        raise SpecificationError(
+            f"There is no metric '{metric}'.", f"There are {', '.join(get_args(Metric))}."
+        )
+    if loaded.model.training:
+        raise UsageError(
+            f"{type(loaded.model).__name__} is in training mode, in which its answers are random.",
+            "Call model.eval() first.",
+        )
+    texts = TokenTexts(loaded.tokenizer)
+    batch = prepare_batch(loaded, samples, start, max_new_tokens=0, texts=texts, generate=False)
+    answers = _answer_tokens(loaded, batch, foils or [None] * len(samples), compared=metric == "logit_diff")
+    inputs = to_device(batch.inputs, loaded.model)
+    answers = AnswerTokens(*(each.to(loaded.model.device) for each in vars(answers).values()))
+    trial = Trial(loaded, batch, inputs, answers, halves or {})
+    return trial if halves is not None else Trial(loaded, batch, inputs, answers, find_halves(trial))
+
+
+def find_halves(trial: Trial) -> dict[str, Halves | None]:
+    """The children that add up to a layer, by stack, as one forward shows them; None where there are none."""
+    anatomy = trial.loaded.anatomy
+    tolerance = _TOLERANCE[trial.loaded.dtype]
+    probes = {
+        name: [LayerProbe(layer, tolerance) for layer in stack.layers]
+        for name, stack in anatomy.stacks.items()
+    }
+    with ExitStack() as watching, torch.no_grad():
+        for probe in (probe for each in probes.values() for probe in each):
+            watching.enter_context(probe.watching())
+        trial.logits()
+    found: dict[str, Halves | None] = {}
+    for name, each in probes.items():
+        known = {probe.found[0] if probe.found is not None else None for probe in each}
+        found[name] = known.pop() if len(known) == 1 else None
+    return found
+
+
+def _answer_tokens(
+    loaded: LoadedModel, batch: Batch, foils: Sequence[str | None], *, compared: bool
+) -> AnswerTokens:
+    words, right, foil = [], [], []
+    for row, sample in enumerate(batch.samples):
+        if sample.answer is None:
+            raise DataError(
+                f"Sample {sample.sample_id!r} has no right answer, so nothing can be measured of it.",
+                "Leave it out, or give its answer.",
+            )
+        own = list(sample.options) or [sample.answer]
+        other = foils[row]
+        if other is not None and other not in own:
+            own.append(other)
+        if compared and len(own) < 2:
+            raise DataError(
+                f"Sample {sample.sample_id!r} has no other option than its answer {sample.answer!r}.",
+                "Give its options, or choose metric='log_probability'.",
+            )
+        words.append(own)
+        right.append(own.index(sample.answer))
+        foil.append(-1 if other is None else own.index(other))
+    ids = torch.full((len(words), max(map(len, words))), -1)
+    for row, own in enumerate(words):
+        found = option_tokens(loaded.tokenizer, batch.prompts[row].text, own)
+        if None in found.ids:
+            raise DataError(
+                f"The answers of sample {batch.samples[row].sample_id!r} cannot be told apart by one token "
+                f"({found.note}).",
+                "Give options whose first tokens differ.",
+            )
+        ids[row, : len(own)] = torch.tensor(found.ids)
+    return AnswerTokens(ids, torch.tensor(right), torch.tensor(foil))
+
+
+def _foil_weights(answers: AnswerTokens) -> Tensor:
+    """How much of each option's logit (sample, option) the right answer's is compared with; sums to 1."""
+    place = torch.arange(answers.options.shape[1], device=answers.options.device)
+    chosen = place == answers.foil[:, None]
+    others = (answers.options >= 0) & (place != answers.right[:, None])
+    weights = torch.where(answers.foil[:, None] < 0, others, chosen).float()
+    return weights / weights.sum(1, keepdim=True)
