@@ -19,7 +19,7 @@ from .minimal_pairs import OPPOSITES, minimal_pairs, texts
 from .splits import row_labels, split_names
 
 UNITS = ("individual", "pair", "set")
-_OPTIONAL = ("group", "subject", "object", "image_name", "status")
+_OPTIONAL = ("group", "subject", "object", "image_name", "status", "sample_id")
 Units = Sequence[NDArray[np.int64]]
 
 
@@ -35,7 +35,7 @@ def accuracy(
 
     In a complete run of N samples in sets of four there are N/2 pairs and N/4 sets, as What'sUp counts them.
     Samples that failed, have no known answer or were cut off are in no denominator, nor is a pair or set that
-    lacks one of its samples: they are counted in `left_out`.
+    lacks one of its samples: they are counted in `left_out`. One tried again with success counts once.
 
     Parameters
     ----------
@@ -210,4 +210,13 @@ def _samples_of(run: xr.DataTree | xr.Dataset, by: str | None, scored: str) -> x
             "Give a run, or its samples table: accuracy(open_run(PATH)).",
         )
     wanted = [*needed, *(name for name in _OPTIONAL if name in held)]
-    return table[list(dict.fromkeys(wanted))].load()
+    return _without_retried(table[list(dict.fromkeys(wanted))].load())
+
+
+def _without_retried(samples: xr.Dataset) -> xr.Dataset:
+    """Without the failed rows that a later row with the same id made good: it stands for both."""
+    failed = _failed(samples)
+    if "sample_id" not in samples or not failed.any():
+        return samples
+    names = texts(samples["sample_id"])
+    return samples.isel(sample=np.flatnonzero(~(failed & np.isin(names, names[~failed]))))

@@ -15,6 +15,7 @@ from mechanistic.store.errors import DimensionError, SpecificationError
 
 from .blocks import MAX_BYTES
 from .head_criteria import head_criteria
+from .splits import captured_samples
 
 Floats = NDArray[np.float64]
 
@@ -35,9 +36,9 @@ def head_importance(
 ) -> xr.Dataset:
     """Rank every head by each criterion of `head_criteria`, and by the mean of these ranks; lazy.
 
-    Samples are resampled together for all criteria and heads, and heads are ranked again in each resample, so
-    that the intervals of ranks say how sure an order is. One number for each sample, head and criterion is
-    held in memory at once.
+    Captured samples are resampled together for all criteria and heads, and heads are ranked again in each
+    resample, so that the intervals of ranks say how sure an order is. One number for each sample, head and
+    criterion is held in memory at once.
 
     Parameters
     ----------
@@ -77,7 +78,8 @@ def head_importance(
         run, criteria=None if criteria is None else tuple(criteria), max_bytes=max_bytes
     )
     owner = _clusters(run, clusters)
-    values = _aligned(found, len(owner))
+    captured = captured_samples(run)
+    values, owner = _aligned(found, len(owner)).isel(sample=captured), owner[captured]
     fixed = np.array(["sample" not in array.dims for array in found.values()])
     kernel = partial(ranked, clusters=owner, fixed=fixed, level=level, resamples=resamples, seed=seed)
     table, means = xr.apply_ufunc(

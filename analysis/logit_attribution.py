@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mechanistic.store import group, site, sites
 from mechanistic.store.errors import DataError, MissingSiteError, SpecificationError
 
+from .splits import captured_samples
 from .token_selection import select_layers, select_tokens, token_axis
 
 Floats = NDArray[np.float32]
@@ -91,10 +92,14 @@ def _readout(run: xr.DataTree) -> xr.Dataset:
 
 
 def _last_rows(run: xr.DataTree, name: str) -> xr.Dataset:
-    """The rows of a site at the last prompt token, on the dimension `sample` with `sample_index`."""
+    """The rows of a site at the last prompt token, on the dimension `sample` with `sample_index`.
+
+    Failed samples, which have a row where the site has one for each sample, are left out.
+    """
     if f"{name}_last" in sites(run):
-        rows = site(run, f"{name}_last")
-        return rows.assign_coords(sample_index=("sample", np.arange(rows.sizes["sample"], dtype=np.int32)))
+        captured = captured_samples(run)
+        rows = site(run, f"{name}_last").isel(sample=captured)
+        return rows.assign_coords(sample_index=("sample", captured.astype(np.int32)))
     rows = select_tokens(site(run, name), "last")
     axis = token_axis(rows)
     owner = rows["sample_index"].values

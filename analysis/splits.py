@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store import group
 from mechanistic.store.errors import DimensionError
+from mechanistic.store.schema import STATUS
 
 from .blocks import sample_spans
 from .intervals import bootstrap_interval, t_interval
@@ -50,6 +51,14 @@ def with_samples(dataset: xr.Dataset, run: xr.DataTree, columns: str | Sequence[
         column = samples[name]
         added[name] = (axis, _look_up(np.asarray(column.values), index), column.attrs)
     return dataset.assign_coords(added)
+
+
+def captured_samples(run: xr.DataTree) -> NDArray[np.int64]:
+    """The rows of samples/ that were captured: not those that failed, even if a later row made them good."""
+    samples = group(run, "samples")
+    if "status" not in samples.variables:
+        return np.arange(samples.sizes["sample"])
+    return np.flatnonzero(np.asarray(samples["status"].values) == STATUS["ok"])
 
 
 def sample_means(dataset: xr.Dataset) -> xr.Dataset:
