@@ -18,7 +18,8 @@ from .attention_rows import row_blocks
 from .batch import Batch, prepare_batch
 from .dataset import ImageSource, Sample
 from .forward import last_prompt_logits
-from .models import LoadedModel, load_model
+from .given import given_model
+from .models import LoadedModel
 from .prompts import encode_prompts
 from .roles import tokens_in
 from .tap import AttentionCall, tapped
@@ -67,11 +68,11 @@ def extract_cross_attention(
     ImageError      the image cannot be read.
     CaptureError    no layer attends to the image in a way that can be seen.
     """
-    loaded = _loaded(model, processor)
+    loaded = given_model(model, processor, "extract_cross_attention(model, image, text, processor=processor)")
     images = [image] if isinstance(image, ImageSource) else list(image)
     sample = Sample(sample_id="text", images=tuple(images), question=text)
     batch = prepare_batch(loaded, [sample], 0, max_new_tokens=0, texts=TokenTexts(loaded.tokenizer))
-    words = _words(loaded, batch)
+    words = word_tokens(loaded, batch)
     watch = _Watch(loaded, batch, words)
     with tapped(loaded.model, watch):
         last_prompt_logits(loaded.model, batch)
@@ -144,7 +145,7 @@ class _Watch:
         return {name: values[image] for name, values in self.decoder.items()}
 
 
-def _words(loaded: LoadedModel, batch: Batch) -> dict[str, NDArray[np.int64]]:
+def word_tokens(loaded: LoadedModel, batch: Batch) -> dict[str, NDArray[np.int64]]:
     """The words of the text in order, and the places of their tokens."""
     pixels = [[image.pixels for image in each] for each in batch.images]
     offsets = encode_prompts(loaded.processor, batch.prompts, pixels).offsets[0]
@@ -160,24 +161,3 @@ def _words(loaded: LoadedModel, batch: Batch) -> dict[str, NDArray[np.int64]]:
     if not words:
         raise UsageError(f"There is no word in the text {question!r}.", "Write a question about the image.")
     return words
-
-
-def _loaded(model: Any, processor: Any) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
-    if isinstance(model, str):
-        return load_model(model)
-    source = getattr(model, "name_or_path", "")
-    if processor is None:
-        try:
-            import transformers
-
-            library: Any = transformers
-            processor = library.AutoProcessor.from_pretrained(source)
-        # The library reports a repository or folder without a processor in many ways.
-        except Exception as cause:
-            raise UsageError(
-                f"The processor of {type(model).__name__} is not where the model came from ({source!r}).",
-                "Pass it: extract_cross_attention(model, image, text, processor=processor).",
-            ) from cause
-    return LoadedModel(model, processor, source or type(model).__name__)

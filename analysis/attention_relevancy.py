@@ -1,0 +1,97 @@
+"""Gradient x attention relevancy: which tokens reached the answer through attention that mattered for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from mechanistic.store.errors import SpecificationError, UsageError
+
+from .attribution_table import attribution_table, model_attributes
+
+_ATTRS = {
+    "attention_relevancy": {"units": "logit", "long_name": "gradient x attention relevancy"},
+    "score": {"units": "logit", "long_name": "target of the sample"},
+}
+
+
+def attention_relevancy(
+    model: Any,
+    samples: Any,
+    *,
+    rows: Literal["last", "words"] = "last",
+    target: str | int | tuple[str | int, str | int] | None = None,
+    layer: Sequence[int] | None = None,
+    processor: Any = None,
+) -> xr.Dataset:
+    """Relevancy of every token for the last prompt token, or for each word: R = (I + A_L) ... (I + A_1).
+
+    A_l = mean over heads of max(0, dF / dA_lh * A_lh), with the weights A_lh of layer l and head h, and F a
+    logit at the last prompt token or the difference of two. Image tokens are among the decoder's tokens, so
+    that their part of a row is the cross-modal one. Weights and gradients are exact whatever kernel the model
+    attends with; only the rows that are asked for are multiplied.
+
+    Parameters
+    ----------
+    model, samples, target, processor
+        As in `integrated_gradients`.
+    rows
+        ``"last"``, or ``"words"``: the mean over the tokens of each word of the question, of one sample.
+    layer
+        True numbers of the layers to multiply; None means all.
+
+    Returns
+    -------
+    attention_relevancy (token) or (word, token), float32, logit, 0 or more; the decoder's tokens of all
+        samples end to end, labelled as in a run: sample_index, kind, token_text, in_word, image_index, tile,
+        patch_row, patch_col, box_x0 to box_y1. A token's relevancy for itself holds the 1 of I.
+    score (sample), float64, logit.
+
+    Raises
+    ------
+    SpecificationError  no such layer or rows, or a target that the tokenizer splits or cannot tell apart.
+    UsageError          rows="words" of several samples or without words; no processor; training mode.
+    CaptureError        the model writes no text, or a layer attends by code of its own.
+    ModelError          the model gives no logits.
+
+    References
+    ----------
+    Chefer, Gur and Wolf (2021), Generic Attention-model Explainability for Interpreting Bi-Modal and
+    Encoder-Decoder Transformers.
+    """
+    from mechanistic.capture.asked import ask
+    from mechanistic.capture.given import given_model, given_samples
+    from mechanistic.capture.relevancy import relevancy_rows
+
+    if rows not in ("last", "words"):
+        raise SpecificationError(f"There are no rows {rows!r}.", "Choose rows='last' or rows='words'.")
+    loaded = given_model(model, processor, "attention_relevancy(model, samples, processor=processor)")
+    given = given_samples(samples)
+    if rows == "words" and len(given) > 1:
+        raise UsageError(
+            f"The words of {len(given)} samples are not the same rows.", "Give one: samples=dataset[0]."
+        )
+    labels, values, targets, scores = [], [], [], []
+    for place, sample in enumerate(given):
+        asked = ask(loaded, sample, place, target)
+        wanted = list(asked.words.values()) if rows == "words" else [np.asarray(asked.batch.last_prompt)]
+        found, score = relevancy_rows(asked, wanted, layer)
+        labels.append(asked.labelled_tokens)
+        values.append(found)
+        targets.append(asked.target.name)
+        scores.append(score)
+    table = attribution_table(
+        {"attention_relevancy": [each[0] for each in values]},
+        labels,
+        dim="token",
+        of_sample={"sample_id": [sample.sample_id for sample in given], "target": targets, "score": scores},
+        attrs=_ATTRS,
+    )
+    if rows == "words":
+        words = np.array(list(asked.words), object)
+        table["attention_relevancy"] = (("word", "token"), values[0], table["attention_relevancy"].attrs)
+        table = table.assign_coords(word=words)
+    return table.assign_attrs(analysis="attention_relevancy", rows=rows, **model_attributes(loaded))
