@@ -35,11 +35,17 @@ def attention_inputs(
     run: xr.DataTree,
     *,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
 ) -> AttentionInputs:
     """Find q and k of one stack, and keep the query rows, layers and samples asked for; keys stay complete.
+
+    Parameters
+    ----------
+    cross
+        Take xq and xk, the queries and keys of the stack's cross-attention.
 
     Raises
     ------
@@ -48,26 +54,27 @@ def attention_inputs(
     DataError           k lacks tokens or layers, so that rows would not be the model's.
     FormatError         a layer's rule is missing or unknown.
     """
-    query_name, key_name = f"{stack}/q", f"{stack}/k"
+    mark = "x" if cross else ""
+    query_name, key_name = f"{stack}/{mark}q", f"{stack}/{mark}k"
     query, key = site(run, query_name), site(run, key_name)
     kept = key.attrs.get("tokens")
     if kept != "all":
         raise DataError(
             f"{key_name} holds the tokens {kept!r} only, so attention rows cannot be rebuilt.",
-            f"Capture complete keys: --sites '{stack}.*.k[all]'.",
+            f"Capture complete keys: --sites '{stack}.*.{mark}k[all]'.",
         )
     query = select_rows(select_layers(query, layer), tokens, sample)
     numbers = np.asarray(query["layer"].values)
     if missing := sorted(set(numbers.tolist()) - set(np.asarray(key["layer"].values).tolist())):
         raise DataError(
             f"{key_name} lacks layer {', '.join(map(str, missing))}, which {query_name} has.",
-            f"Choose layers that both hold (layer=...), or capture '{stack}.*.k[all]'.",
+            f"Choose layers that both hold (layer=...), or capture '{stack}.*.{mark}k[all]'.",
         )
     key = select_layers(key, numbers.tolist())
     rules = read_rules(
         query.attrs.get("attention", {}), numbers, np.asarray(query["head"].values), query_name
     )
-    return AttentionInputs(query, key, "q", "k", rules, _kv_of_head(query, key, query_name))
+    return AttentionInputs(query, key, f"{mark}q", f"{mark}k", rules, _kv_of_head(query, key, query_name))
 
 
 def select_rows(dataset: xr.Dataset, tokens: str | None, sample: int | Sequence[int] | None) -> xr.Dataset:

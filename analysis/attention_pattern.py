@@ -32,6 +32,7 @@ def attention_pattern(
     head: int | Sequence[int] | None = None,
     query: str | int | None = None,
     stack: str = "text",
+    cross: bool = False,
 ) -> xr.Dataset:
     """Attention weights of one sample, A = softmax over the allowed keys of softcap(scale * q.k); lazy.
 
@@ -44,6 +45,8 @@ def attention_pattern(
     query
         The query rows: a selection such as ``"last"`` or ``"'?'"`` (see `select_tokens`), one position within
         the sample, which drops the dimension, or None for every captured row.
+    cross
+        The stack's cross-attention, from xq and xk: the keys are tokens of the image encoder.
 
     Returns
     -------
@@ -59,7 +62,8 @@ def attention_pattern(
     DataError           the sample has no such rows, its keys are not complete, or (when computed) not finite.
     """
     tokens = f"@{_position(query)}" if isinstance(query, int | np.integer) else query
-    rows = stored_rows if only_stored(run, stack) else _rebuilt_rows
+    rebuilt = partial(_rebuilt_rows, cross=cross)
+    rows = stored_rows if not cross and only_stored(run, stack) else rebuilt
     values, queries, keys = rows(run, stack=stack, sample=_one(sample), layer=layer, head=head, tokens=tokens)
     attrs = {"units": "1", "long_name": "attention weight", **values.attrs}
     pattern = values.assign_attrs(attrs).to_dataset(name=PATTERN)
@@ -79,10 +83,11 @@ def _rebuilt_rows(
     layer: int | Sequence[int] | None,
     head: int | Sequence[int] | None,
     tokens: str | None,
+    cross: bool,
 ) -> tuple[xr.DataArray, xr.Dataset, xr.Dataset]:
     """As `stored_rows` gives them, from q and k."""
     inputs = _select_heads(
-        attention_inputs(run, stack=stack, tokens=tokens, layer=layer, sample=sample), head
+        attention_inputs(run, stack=stack, cross=cross, tokens=tokens, layer=layer, sample=sample), head
     )
     blocks = align_blocks(inputs.query[inputs.query_name], inputs.key[inputs.key_name], max_bytes=_MAX_BYTES)
     rebuilt = map_blocks(

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store import site, sites
+from mechanistic.store import sites
 from mechanistic.store.errors import DataError, SpecificationError
 from mechanistic.store.schema import KIND
 
@@ -66,8 +66,9 @@ def cross_attention(
     if join not in _JOINS:
         raise SpecificationError(f"Tokens cannot be joined by {join!r}.", f"Use {', '.join(_JOINS)}.")
     true = f"{stack}/xq" in sites(run)
-    source = _as_self_attention(run, stack) if true else run
-    pattern = attention_pattern(source, sample=sample, layer=layer, head=head, query="text", stack=stack)
+    pattern = attention_pattern(
+        run, sample=sample, layer=layer, head=head, query="text", stack=stack, cross=true
+    )
     wanted = question_words(run, sample, stack=stack) if words is None else words
     rows = _rows_of_words(pattern, wanted, sample, stack)
     patches = np.flatnonzero(np.asarray(pattern["key_kind"].values) == KIND["image"])
@@ -96,12 +97,6 @@ def cross_attention(
     attrs = {"sample": int(sample), "stack": stack, "join": join}
     attrs["computed_from"] = "xq and xk" if true else "q and k"
     return result.assign_coords(labels).to_dataset(name="cross_attention").assign_attrs(attrs)
-
-
-def _as_self_attention(run: xr.DataTree, stack: str) -> xr.DataTree:
-    """The cross-attention sites under the names that attention is rebuilt from."""
-    query, key = (site(run, f"{stack}/{name}").rename({name: name[1:]}) for name in ("xq", "xk"))
-    return xr.DataTree.from_dict({f"{stack}/q": query, f"{stack}/k": key})
 
 
 def _rows_of_words(

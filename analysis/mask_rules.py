@@ -16,7 +16,7 @@ Columns = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
 
 # What the rules below read of the tokens of one sample.
-MASK_COLUMNS = ("position", "kind", "image_index", "tile", "patch_row", "patch_col")
+MASK_COLUMNS = ("position", "kind", "image_index", "tile", "patch_row", "patch_col", "first_query")
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,19 @@ def _image_windows(query: Columns, key: Columns, window: int) -> Mask:
     return inside
 
 
+def _padded_image(query: Columns, key: Columns, window: int) -> Mask:
+    """A sequence is a whole image; padding, which is in no tile, does not look at padding."""
+    same = query["image_index"][:, None] == key["image_index"][None, :]
+    return np.asarray(same & ~((query["tile"][:, None] < 0) & (key["tile"][None, :] < 0)))
+
+
+def _cross_from(query: Columns, key: Columns, window: int) -> Mask:
+    """Keys are read from some query on; a query that may read none of them reads all."""
+    first = key["first_query"][None, :]
+    seen = (first >= 0) & (first <= query["position"][:, None])
+    return np.asarray(seen | ~seen.any(1, keepdims=True))
+
+
 def _numbered(query: Columns, key: Columns, number: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The keys' numbers for queries (a column) and keys (a row); queries may be a few of the tokens."""
     return number[np.searchsorted(key["position"], query["position"])][:, None], number[None, :]
@@ -197,7 +210,9 @@ _RULES: dict[str, Callable[[Columns, Columns, int], Mask]] = {
     "sliding_window_image_blocks": _sliding_window_image_blocks,
     "image_windows": _image_windows,
     "per_image": _per_image,
+    "padded_image": _padded_image,
     "cross": _everything,
+    "cross_from": _cross_from,
 }
 _WINDOWED = ("sliding_window", "sliding_window_image_blocks", "image_windows")
 _NEVER_AHEAD = ("causal", "sliding_window")

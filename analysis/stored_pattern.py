@@ -43,7 +43,7 @@ def stored_rows(
     weights = held["pattern"]
     if head is not None:
         weights = weights.isel(head=head_places(weights["head"], head))
-    table = group(run, f"tokens/{stack}")
+    table = group(run, f"tokens/{stack.partition('_')[0]}")
     axis = str(table["sample_index"].dims[0])
     keys = table.isel({axis: np.flatnonzero(table["sample_index"].values == sample)})
     places = zip(*(rows[name].values.tolist() for name in ("start", "length", "key_start")), strict=True)

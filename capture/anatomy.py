@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from mechanistic.store.errors import ModelError
+
+from .adapters import adapter_of
+
+# Behind the name of a stack: its cross-attention, whose keys are the tokens of another stack.
+CROSS = "/x"
 
 
 @dataclass(frozen=True)
@@ -26,15 +32,41 @@ class Stack:
     heads: int
     kv_heads: int
     head_width: int
+    sequence: tuple[str, ...]
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether its tokens come image by image, and not sample by sample."""
+        return self.name.startswith("vision")
 
     @property
     def axis(self) -> str:
         """The token dimension of this stack in a run."""
-        return "patch" if self.name == "vision" else "token"
+        return "patch" if self.is_encoder else "token"
 
-    def module_layers(self) -> dict[nn.Module, int]:
-        """The layer number of every module inside a layer."""
-        return {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
+    @cached_property
+    def dtype(self) -> str | None:
+        """What the layers compute in, where all of their parameters agree (Q-Formers stay in float32)."""
+        parameters = (parameter for layer in self.layers for parameter in layer.parameters())
+        found = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+        return str(found.pop()).removeprefix("torch.") if len(found) == 1 else None
+
+    def module_layers(self, *, cross: bool) -> dict[nn.Module, int]:
+        """The layer number of every module inside a layer: those of its cross-attention, or the others."""
+        return {
+            module: number
+            for number, layer in enumerate(self.layers)
+            for path, module in layer.named_modules()
+            if ("cross" in path) == cross
+        }
+
+    def attending(self, *, cross: bool) -> tuple[int, ...]:
+        """The layers that attend to the tokens of another stack, or to their own."""
+        inside = self.module_layers(cross=cross).items()
+        attention = {
+            number for part, number in inside if is_attention(part) and part is not self.layers[number]
+        }
+        return tuple(sorted(attention))
 
 
 @dataclass(frozen=True)
@@ -46,13 +78,17 @@ class Anatomy:
     unembedding: nn.Module | None
     image_token_id: int | None
 
-    def module_layers(self, stacks: Collection[str]) -> dict[nn.Module, tuple[str, int]]:
-        """Stack and layer number of every module inside a layer of the named stacks."""
+    def module_layers(self, names: Collection[str]) -> dict[nn.Module, tuple[str, int]]:
+        """Name and layer number of every module of the named attentions, such as ``text`` and ``text/x``."""
         return {
             module: (name, layer)
-            for name in stacks
-            for module, layer in self.stack(name).module_layers().items()
+            for name in names
+            for module, layer in self.of(name).module_layers(cross=name.endswith(CROSS)).items()
         }
+
+    def of(self, name: str) -> Stack:
+        """The stack whose attention is called `name`."""
+        return self.stack(name.removesuffix(CROSS))
 
     def stack(self, name: str) -> Stack:
         """The stack called `name`. ModelError names those that the model has."""
@@ -113,6 +149,9 @@ def module_path(model: nn.Module, module: nn.Module) -> str:
 
 
 def _stack_roots(model: Any) -> dict[str, nn.Module]:
+    adapted = adapter_of(model).roots
+    if adapted is not None:
+        return {name: model.get_submodule(path) for name, path in adapted.items()}
     bases: tuple[Any, ...] = (model, getattr(model, "base_model", None))
     only_images = tuple(getattr(model, "input_modalities", ())) == ("image",) or (
         getattr(model, "main_input_name", "") == "pixel_values" and not hasattr(model.config, "text_config")
@@ -140,14 +179,15 @@ def _find_stack(model: nn.Module, name: str, root: nn.Module, unknown: list[str]
     config = config.get_text_config() if name == "text" and hasattr(config, "get_text_config") else config
     # Qwen2-VL's encoder calls the decoder's width its hidden_size.
     width = _first(config, "embed_dim", "hidden_size", "n_embd", "d_model")
-    heads = _first(config, "num_attention_heads", "n_head", "num_heads")
+    heads = _first(config, "num_attention_heads", "n_head", "num_heads", "attention_heads")
     if width is None or heads is None:
         unknown.append(f"the width and number of heads of the {name} stack")
         return None
     attention = next(module for module in layers[0].modules() if is_attention(module))
     head_width = _first(config, "head_dim") or _first(attention, "head_dim") or width // heads
     kv_heads = _first(config, "num_key_value_heads") or heads
-    return Stack(name, path, tuple(layers), width, heads, kv_heads, head_width)
+    sequence = adapter_of(model).sequence
+    return Stack(name, path, tuple(layers), width, heads, kv_heads, head_width, sequence)
 
 
 def layer_lists(root: nn.Module) -> dict[str, nn.ModuleList]:

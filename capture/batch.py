@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechanistic.store.errors import CaptureError, MechanisticError, ModelError
 
+from .adapters import adapter_of
 from .answers import generate_answers, pad_id
 from .coordinates import image_layout
 from .dataset import LoadedImage, Sample, load_image
 from .failures import SampleError, naming
+from .labelled import Labelled, Tables
 from .mask_rules import SequenceLayout
 from .memory import out_of_memory
 from .models import LoadedModel
@@ -27,7 +29,10 @@ ANSWER_TYPE = {"paligemma": 1}
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive samples of a dataset; lists have one entry a sample."""
+    """Consecutive samples of a dataset; lists have one entry a sample.
+
+    `further` has the labels of tokens that are neither the decoder's nor the image encoder's.
+    """
 
     start: int
     samples: list[Sample]
@@ -38,11 +43,22 @@ class Batch:
     decoder: list[Columns]
     encoder: list[Columns]
     last_prompt: NDArray[np.int64]
+    further: Tables = field(default_factory=dict)
+
+    def table(self, name: str) -> list[Columns]:
+        """The labels of each sample's tokens: of ``text``, ``vision``, ``qformer``, ``xq`` or ``xk``."""
+        if name in self.further:
+            return self.further[name]
+        return {"text": self.decoder, "vision": self.encoder}[name]
 
     @property
     def sequences(self) -> list[SequenceLayout]:
         """What the decoder's mask of each sample may depend on."""
-        return [sequence_layout(columns) for columns in self.decoder]
+        return self.layouts("text")
+
+    def layouts(self, stack: str) -> list[SequenceLayout]:
+        """What the mask of each sample may depend on, in a stack whose sequences are samples."""
+        return [sequence_layout(columns) for columns in self.table(stack)]
 
     @property
     def tokens(self) -> int:
@@ -85,9 +101,16 @@ def prepare_batch(
     images, layouts, prompts = [], [], []
     for row, sample in enumerate(samples):
         with naming(row):
+            _check_images(loaded, sample)
             images.append(read_images(sample))
             layouts.append(_layouts(loaded, images[row]))
             prompts.append(build_prompt(loaded.processor, sample))
+    adapter = adapter_of(loaded.model)
+    if adapter.equal_images and len({len(each) for each in images}) > 1:
+        raise CaptureError(
+            "Samples with different numbers of images share a batch, and this model would attend to padding.",
+            "Capture them one at a time: --batch-size 1.",
+        )
     encoded = _encode(loaded, samples, prompts, images)
     if generate:
         answers = generate_answers(loaded.model, loaded.tokenizer, encoded.inputs, max_new_tokens)
@@ -98,7 +121,21 @@ def prepare_batch(
         at, ids, offsets = start + row, encoded.ids(row), encoded.offsets[row]
         image = loaded.anatomy.image_token_id
         with naming(row):
-            decoder.append(decoder_table(sample, at, ids, answers[row], offsets, layouts[row], image, texts))
+            decoder.append(
+                decoder_table(
+                    sample,
+                    at,
+                    ids,
+                    answers[row],
+                    offsets,
+                    layouts[row],
+                    image,
+                    texts,
+                    replaced=adapter.placeholders,
+                )
+            )
+    encoder = [encoder_table(start + row, each) for row, each in enumerate(layouts)]
+    labelled = Labelled(samples, prompts, encoded.inputs, decoder, encoder)
     return Batch(
         start=start,
         samples=list(samples),
@@ -113,9 +150,21 @@ def prepare_batch(
         ),
         answers=answers,
         decoder=decoder,
-        encoder=[encoder_table(start + row, each) for row, each in enumerate(layouts)],
+        encoder=encoder,
         last_prompt=encoded.lengths - 1,
+        further={} if adapter.tables is None else adapter.tables(loaded, labelled),
     )
+
+
+def _check_images(loaded: LoadedModel, sample: Sample) -> None:
+    fewest, most = adapter_of(loaded.model).images
+    count = len(sample.images)
+    if count < fewest or (most is not None and count > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more"
+        raise CaptureError(
+            f"Sample {sample.sample_id!r} has {count} images; {type(loaded.model).__name__} reads {wanted}.",
+            "Leave the sample out, or give it as many images as the model reads.",
+        )
 
 
 def _images_alone(loaded: LoadedModel, samples: Sequence[Sample], start: int) -> Batch:

@@ -16,6 +16,7 @@ from mechanistic.store.errors import MechanisticError, SpecificationError
 from mechanistic.store.root import open_root
 from mechanistic.store.schema import CORRECT
 
+from .adapters import adapter_of
 from .answers import option_logits, option_tokens, score
 from .batch import Batch, prepare_batch
 from .batch_attempts import attempt
@@ -34,7 +35,7 @@ from .prompts import build_prompt
 from .proof import Proof, prove
 from .readout import build_readout, head_readout
 from .run_description import CaptureSettings, run_attributes, run_groups
-from .sites import resolve_sites
+from .sites import attended, resolve_sites
 from .survey import answer_words, survey
 from .tables import Rows, image_rows, sample_rows
 from .token_table import TokenTexts, joined
@@ -64,7 +65,7 @@ class Job:
         self.span = part.span(len(dataset)) if part else range(len(dataset))
         self.sites = resolve_sites(settings.sites, loaded.anatomy, loaded.dtype)
         self.survey = survey(dataset)
-        if not self.survey.has_images and any(site.stack.name == "vision" for site in self.sites):
+        if not self.survey.has_images and any(site.stack.is_encoder for site in self.sites):
             raise SpecificationError(
                 f"Vision sites were asked for, and no sample of {dataset.name} has an image.",
                 "Ask for text sites only, or for a dataset with images.",
@@ -103,9 +104,7 @@ class Job:
     @cached_property
     def proof(self) -> Proof:
         """What is proven on that sample before anything is kept."""
-        return prove(
-            self.loaded, self.shown, {site.stack.name for site in self.sites if site.heads is not None}
-        )
+        return prove(self.loaded, self.shown, attended(self.sites))
 
     @cached_property
     def groups(self) -> list[Any]:
@@ -190,7 +189,8 @@ class Job:
             return failed_rows(samples[number], failure.error, self.groups) if keep_failed else {}
 
         done: dict[int, Rows] = {}
-        for batch in batches(samples, self.settings.batch_size):
+        alike = adapter_of(self.loaded.model).equal_images
+        for batch in batches(samples, self.settings.batch_size, equal_images=alike):
             interruption.check()
             done |= attempt(batch, self.captured, failed, progress.say)
         interruption.check()
@@ -231,6 +231,8 @@ class Job:
         }
         if self.survey.has_images:
             rows["tokens/vision"] = joined(batch.encoder)
+            if "qformer" in batch.further:
+                rows["tokens/qformer"] = joined(batch.further["qformer"])
             rows |= image_rows(batch, 0, stored=self.settings.images)
         for site in self.sites:
             rows[site.label_group] = site_rows(site, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 
 from PIL import Image
 
@@ -20,10 +21,18 @@ def windows(numbers: range, batch_size: int) -> Iterator[list[int]]:
         yield list(range(first, min(first + step, numbers.stop)))
 
 
-def batches(window: Mapping[int, Sample], batch_size: int) -> list[list[int]]:
-    """The samples of a window, by number, in batches of similar length, so that little is padded."""
+def batches(window: Mapping[int, Sample], batch_size: int, *, equal_images: bool = False) -> list[list[int]]:
+    """The samples of a window, by number, in batches of similar length, so that little is padded.
+
+    With `equal_images` the samples of a batch have equally many images.
+    """
     order = sorted(window, key=lambda number: (*expected_length(window[number]), number))
-    return [sorted(order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
+    alike = groupby(order, lambda number: len(window[number].images) if equal_images else 0)
+    return [
+        sorted(group[first : first + batch_size])
+        for group in (list(members) for _, members in alike)
+        for first in range(0, len(group), batch_size)
+    ]
 
 
 def expected_length(sample: Sample) -> tuple[int, int, int]:

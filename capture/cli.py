@@ -10,14 +10,15 @@ from mechanistic.store.errors import UsageError
 
 from .datasets import dataset_names, open_dataset
 from .parts import PartOf
-from .specification import ATTENTION_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
+from .specification import ATTENTION_SITES, CROSS_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
 
 _EPILOG = f"""\
 sites: what to keep, as stack.layers.site{{heads}}[tokens]:dtype
-  stack    text (the decoder) or vision (the image encoder)
+  stack    text (the decoder), vision (the image encoder), qformer (BLIP-2's), vision_global (Mllama's second)
   layers   * for all, 5, 8-20, 0+3+8-10; layer 5 is the one with index 5, counted from 0
   site     {", ".join(RESIDUAL_SITES)}: the residual stream and what adds to it
            {", ".join(ATTENTION_SITES)}: queries and keys after rotary positions, values, head outputs
+           {", ".join(CROSS_SITES)}: the same of layers that attend to the tokens of the image encoder
            attn_stats: entropy, strongest keys and mass by kind of each query's attention row
            pattern: the rows themselves; q and k, from which they are rebuilt, are far smaller
   heads    {{0+3}}, {{4-7}}; absent: all

@@ -12,6 +12,8 @@ from typing import Any
 
 from mechanistic.store.errors import ModelError
 
+from .adapter_mllama import mllama_layout
+from .adapter_qformer import qformer_layout
 from .coordinates_anyres import llava_next, llava_onevision
 from .coordinates_qwen import qwen
 from .coordinates_square import bare_encoder, class_token_encoder, gemma3, llava, paligemma
@@ -22,12 +24,15 @@ Layout = Callable[[Any, Any, int, int, int], ImageLayout]
 
 # By the `model_type` of the configuration.
 LAYOUTS: Mapping[str, Layout] = {
+    "blip-2": qformer_layout,
+    "instructblip": qformer_layout,
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "gemma3": gemma3,
     "idefics3": idefics3,
     "internvl": internvl,
+    "mllama": mllama_layout,
     "paligemma": paligemma,
     "qwen2_vl": qwen,
     "qwen2_5_vl": qwen,

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from mechanistic.store.errors import CaptureError
 
+from .anatomy import CROSS
 from .answers import to_device
 from .batch import Batch
 from .encoder_masks import EncoderMasks
 from .host_copies import HostCopies
-from .mask_rules import MaskRule, SequenceLayout, check_rule
+from .mask_rules import MaskRule, SequenceLayout, check_cross_rule, check_rule
 from .models import LoadedModel
 from .residual import Halves, residual_hooks
 from .row_sites import RowSites
-from .sites import ResolvedSite
+from .sites import ResolvedSite, attended
 from .specification import RESIDUAL_SITES, ROW_SITES
 from .tap import AttentionCall, tapped
 from .token_table import joined, select
@@ -63,7 +64,7 @@ class Collector:
                     f"{stack}.{layer}.{name} came out of one forward twice.",
                     "This architecture needs an adapter; until it has one, leave this site out.",
                 )
-            if stack == "vision":
+            if site.stack.is_encoder:
                 self._take_piece(site, layer, tensor.reshape(-1, *tensor.shape[-len(site.row_shape) :]))
                 continue
             batch, position = self.where[site.group]
@@ -101,10 +102,8 @@ class Collector:
 
 def rows_of(site: ResolvedSite, batch: Batch) -> Where:
     """Where the wanted tokens of a site are in the tensors of this batch, in the order of the run."""
-    encoder = site.stack.name == "vision"
-    tables = batch.encoder if encoder else batch.decoder
-    wanted = [select(columns, site.spec.tokens) for columns in tables]
-    if encoder:
+    wanted = [select(columns, site.spec.tokens) for columns in batch.table(site.spec.table)]
+    if site.stack.is_encoder:
         return (torch.from_numpy(np.flatnonzero(np.concatenate(wanted))),)
     position = [np.flatnonzero(each) for each in wanted]
     sample = np.repeat(np.arange(len(position)), [len(rows) for rows in position])
@@ -155,10 +154,10 @@ def capture_forward(
     """
     whole = [site for site in sites if site.spec.site not in ROW_SITES]
     collector, row_sites = Collector(whole, batch, loaded.model.device), RowSites(sites, batch)
-    attended = {site.stack.name for site in sites if site.heads is not None}
+    names = attended(sites)
     with ExitStack() as active:
-        if attended:
-            layers = loaded.anatomy.module_layers(attended)
+        if names:
+            layers = loaded.anatomy.module_layers(names)
             watch = AttentionWatch(collector, row_sites, layers, rules, batch)
             active.enter_context(tapped(loaded.model, watch))
         for stack in loaded.anatomy.stacks.values():
@@ -189,32 +188,43 @@ class AttentionWatch:
         self.row_sites = row_sites
         self.layers = layers
         self.rules = rules
-        self.sequences: list[SequenceLayout] = batch.sequences
         self.encoder = EncoderMasks(batch.encoder)
+        self.batch = batch
+        self._sequences: dict[str, list[SequenceLayout]] = {}
         self._checked: list[tuple[Tensor | None, MaskRule]] = []
 
     def __call__(self, call: AttentionCall) -> None:
         if call.module not in self.layers:
             return
-        stack, layer = self.layers[call.module]
-        self._check(call, stack, layer)
+        name, layer = self.layers[call.module]
+        self._check(call, name, layer)
+        stack, cross = name.removesuffix(CROSS), "x" if name.endswith(CROSS) else ""
         # Each part as (batch, token, head, d_head).
-        self.collector.take(stack, layer, "q", call.query.transpose(1, 2))
-        self.collector.take(stack, layer, "k", call.key.transpose(1, 2))
-        self.collector.take(stack, layer, "v", call.value.transpose(1, 2))
-        self.collector.take(stack, layer, "z", call.output)
-        self.row_sites.take(stack, layer, call, self.rules[stack][layer])
+        self.collector.take(stack, layer, f"{cross}q", call.query.transpose(1, 2))
+        self.collector.take(stack, layer, f"{cross}k", call.key.transpose(1, 2))
+        self.collector.take(stack, layer, f"{cross}v", call.value.transpose(1, 2))
+        self.collector.take(stack, layer, f"{cross}z", call.output)
+        if not cross:
+            self.row_sites.take(stack, layer, call, self.rules[name][layer])
 
     def _check(self, call: AttentionCall, stack: str, layer: int) -> None:
         rule = self.rules[stack][layer]
-        if stack == "vision":
-            self.encoder.check(rule, call, layer)
+        if stack.startswith("vision"):
+            self.encoder.check(rule, call, layer, stack)
             return
         # Layers share mask tensors: each is compared with a rule once.
         if any(mask is call.mask and known == rule for mask, known in self._checked):
             return
-        check_rule(rule, call, self.sequences, f"{stack}.{layer}")
+        if stack.endswith(CROSS):
+            check_cross_rule(rule, call, self.batch.table("xq"), self.batch.table("xk"), f"{stack}.{layer}")
+        else:
+            check_rule(rule, call, self._layouts(stack), f"{stack}.{layer}")
         self._checked.append((call.mask, rule))
+
+    def _layouts(self, stack: str) -> list[SequenceLayout]:
+        if stack not in self._sequences:
+            self._sequences[stack] = self.batch.layouts(stack)
+        return self._sequences[stack]
 
 
 def last_prompt_logits(model: Any, batch: Batch) -> NDArray[np.float32] | None:
@@ -252,7 +262,6 @@ def site_rows(site: ResolvedSite, batch: Batch) -> dict[str, Array]:
     """The labels of a site's rows, in the same order as its array's."""
     if site.axis == "sample":
         return {}
-    tables = batch.encoder if site.stack.name == "vision" else batch.decoder
-    whole = joined(tables)
+    whole = joined(batch.table(site.spec.table))
     kept = select(whole, site.spec.tokens)
     return {name: values[kept] for name, values in whole.items()}

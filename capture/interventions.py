@@ -99,7 +99,8 @@ def intervening(
             edit = edits[number]
             if edit.site not in ATTENTION_EDITS:
                 stack = loaded.anatomy.stack(edit.stack)
-                own = halves.get(edit.stack)
+                known = halves.get(edit.stack)
+                own = None if known is None else known.at(edit.layer)
                 active.enter_context(_hooked(stack.layers[edit.layer], edit.site, own, changes[number]))
         attention = AttentionEdits()
         for edit, change in zip(edits, changes, strict=True):

@@ -6,7 +6,7 @@ really used, and checked against it again in every batch; a mask that no rule ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from mechanistic.store.errors import CaptureError
 
 from .tap import AttentionCall
 
+Columns = Mapping[str, NDArray[Any]]
 Boolean = NDArray[np.bool_]
 
 
@@ -85,6 +86,60 @@ def check_rule(rule: MaskRule, call: AttentionCall, layouts: Sequence[SequenceLa
                 f"{where}: the mask of sequence {number} of a batch is not '{rule.mask}', as at attach.",
                 "The model's mask depends on its input in a way that no rule covers; report this model.",
             )
+
+
+def find_cross_rule(
+    call: AttentionCall, queries: Sequence[Columns], keys: Sequence[Columns], where: str
+) -> MaskRule:
+    """The rule of cross-attention that equals the model's own mask on every sample of the batch.
+
+    Raises
+    ------
+    CaptureError    neither does.
+    """
+    for rule in (MaskRule("cross"), MaskRule("cross_from")):
+        if _is_cross(rule, call, queries, keys):
+            return rule
+    raise CaptureError(
+        f"{where}: no mask rule explains the mask of its cross-attention (tried: cross, cross_from).",
+        "Its attention cannot be rebuilt from xq and xk: ask for resid_post and xz of this stack instead.",
+    )
+
+
+def check_cross_rule(
+    rule: MaskRule, call: AttentionCall, queries: Sequence[Columns], keys: Sequence[Columns], where: str
+) -> None:
+    """CaptureError unless the mask of this batch's cross-attention is what the rule says."""
+    if not _is_cross(rule, call, queries, keys):
+        raise CaptureError(
+            f"{where}: the mask of its cross-attention is not '{rule.mask}', as at attach.",
+            "The model's mask depends on its input in a way that no rule covers; report this model.",
+        )
+
+
+def _is_cross(
+    rule: MaskRule, call: AttentionCall, queries: Sequence[Columns], keys: Sequence[Columns]
+) -> bool:
+    allowed = _one_head(call.allowed())
+    for row, (of_query, of_key) in enumerate(zip(queries, keys, strict=True)):
+        mask = allowed[row if allowed.shape[0] > 1 else 0, 0].cpu().numpy()
+        mask = np.broadcast_to(mask, (call.query.shape[2], mask.shape[1]))
+        expected = cross_allowed(rule, of_query["position"], of_key["first_query"])
+        # Every key of the call is one of the sample's: none of another's is read.
+        if not np.array_equal(mask[: len(expected)], expected):
+            return False
+    return True
+
+
+def cross_allowed(rule: MaskRule, position: NDArray[Any], first_query: NDArray[Any]) -> Boolean:
+    """Which keys each query may attend to: (query, key).
+
+    Under ``cross_from`` a query reads the keys whose first query it is or follows; where there are none, all.
+    """
+    if rule.mask == "cross":
+        return np.ones((len(position), len(first_query)), np.bool_)
+    seen: Boolean = (first_query >= 0) & (first_query <= position[:, None])
+    return seen | ~seen.any(1, keepdims=True)
 
 
 def observed_masks(call: AttentionCall, layouts: Sequence[SequenceLayout]) -> list[Boolean]:

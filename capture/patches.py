@@ -78,6 +78,12 @@ NO_PATCHES = Patches(
 )
 
 
+def placeless(count: int) -> Patches:
+    """Tokens that stand for no part of an image, and for no crop of it."""
+    none = np.full(count, -1, np.int16)
+    return Patches(none, none, none, np.full((count, 4), np.nan, np.float32))
+
+
 def end_to_end(parts: Sequence[Patches]) -> Patches:
     """The patches of several tiles, one after another."""
     return Patches(

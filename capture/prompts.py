@@ -71,8 +71,7 @@ def build_prompt(processor: Any, sample: Sample) -> Prompt:
     """
     question = sample.question.strip()
     if template_of(processor) is None:
-        image = getattr(processor, "image_token", None) or ""
-        text = image * len(sample.images) + question
+        text = _placeholder(processor) * len(sample.images) + question
     else:
         # Text alone goes as a plain string: templates of text-only models do not read lists of parts.
         parts = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": question}]
@@ -85,6 +84,13 @@ def build_prompt(processor: Any, sample: Sample) -> Prompt:
             "Write the question as the template leaves it (its words, single spaces).",
         )
     return Prompt(text, (start, start + len(question)))
+
+
+def _placeholder(processor: Any) -> str:
+    """What stands for an image in a plain prompt: nothing where the processor puts query tokens ahead."""
+    if getattr(processor, "num_query_tokens", None):
+        return ""
+    return str(getattr(processor, "image_token", None) or "")
 
 
 def template_of(processor: Any) -> str | None:
@@ -159,7 +165,11 @@ def _in_the_prompt(prompt: Prompt, expanded: Tokens, plain: Tokens) -> Tokens:
 
     Placeholders, all before the question, grew; so what is behind them is counted from the end, and must then
     be the very tokens of the prompt as it is (some processors put a line break behind it), or CaptureError.
+    Tokens that were put ahead of the whole prompt have no characters in it.
     """
+    ahead = len(expanded.ids) - len(plain.ids)
+    if ahead >= 0 and np.array_equal(expanded.ids[ahead:], plain.ids):
+        return Tokens(expanded.ids, np.concatenate([np.full((ahead, 2), -1), plain.offsets]))
     grown = expanded.offsets[:, 1].max() - plain.offsets[:, 1].max()
     for shift in (grown, grown - 1):
         moved = Tokens(expanded.ids, expanded.offsets - shift)
@@ -236,4 +246,5 @@ def _continuation(name: str, prompt: Tensor, answer: Sequence[int], answer_type:
 def is_token_like(inputs: Inputs, name: str) -> bool:
     """Whether a processor output runs along the tokens, as input_ids does."""
     value, ids = inputs[name], inputs["input_ids"]
-    return value.ndim >= 2 and value.shape[:2] == ids.shape and name not in ("pixel_values", "image_sizes")
+    other = name in ("pixel_values", "image_sizes") or name.startswith("qformer_")
+    return value.ndim >= 2 and value.shape[:2] == ids.shape and not other

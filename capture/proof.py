@@ -1,7 +1,7 @@
 """What is proven about a model before anything of it is kept, on the first sample of the dataset.
 
 It costs three forwards of that one sample: one as the model is, one observed, and one more as it is, to see
-that nothing was left behind; and one for each stack whose attention is kept, with one attention row edited.
+that nothing was left behind; and one for each attention that is kept, with one of its rows edited.
 What was proven, and how exactly, goes into the run's attribute `proven`.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mechanistic.store.errors import CaptureError, ModelError
 
-from .anatomy import Stack
+from .anatomy import CROSS, Anatomy, Stack
 from .batch import Batch
 from .coordinates_square import vision_config
 from .encoder_masks import EncoderMasks, encoder_rule
 from .forward import run_forward
-from .mask_rules import MaskRule, describe, find_rule
+from .mask_rules import MaskRule, describe, find_cross_rule, find_rule
 from .models import LoadedModel
 from .output_projection import OutputProjection, ProjectionProbe, projection_problem
 from .residual import Halves, LayerProbe, relative_error
@@ -37,7 +37,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
 
 @dataclass
 class StackProof:
-    """What one forward showed about one stack."""
+    """What one forward showed about one stack, or about the cross-attention of one."""
 
     rules: dict[int, MaskRule] = field(default_factory=dict)
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -53,19 +53,19 @@ class StackProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """Stacks by name; `attributes` is what the run keeps of it."""
+    """Stacks, and cross-attentions (``text/x``), by name; `attributes` is what the run keeps of it."""
 
     stacks: Mapping[str, StackProof]
     attributes: Mapping[str, Any]
 
     @property
     def rules(self) -> dict[str, dict[int, MaskRule]]:
-        """Mask rule by stack and layer."""
+        """Mask rule by attention and layer."""
         return {name: stack.rules for name, stack in self.stacks.items()}
 
     @property
     def halves(self) -> dict[str, Halves | None]:
-        """The children that add up to a layer, by stack."""
+        """The children that add up to each layer, by stack."""
         return {name: stack.halves for name, stack in self.stacks.items()}
 
 
@@ -75,7 +75,8 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
     Parameters
     ----------
     attention
-        The stacks whose attention will be kept; of the others only the residual stream is looked at.
+        The attentions that will be kept, such as ``text`` or ``text/x``; of other stacks only the residual
+        stream is looked at.
 
     Raises
     ------
@@ -100,14 +101,17 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
             'Load it with attn_implementation="eager" or in float32, or report this model.',
         )
     for name in attention:
-        _check_stack(loaded.anatomy.stack(name), stacks[name], tolerance)
+        _check_layers(loaded.anatomy, name, stacks[name], tolerance)
         stacks[name].edit_change = _largest(before, _edited(loaded, batch, name))
         if not stacks[name].edit_change > 0:
             raise CaptureError(
-                f"{name}: replacing an attention row of its first layer changes nothing in the end.",
+                f"{name}: replacing attention rows of its first layer changes nothing in the end.",
                 "The model does not use what is seen of its attention; report this model.",
             )
-    report = {name: _report(loaded.anatomy.stack(name), stack) for name, stack in stacks.items()}
+    report = {
+        name: _report(loaded.anatomy.of(name), stack, cross=name.endswith(CROSS))
+        for name, stack in stacks.items()
+    }
     attributes = {
         "tolerance": tolerance,
         "logits_change": change,
@@ -133,16 +137,18 @@ def outcome(model: Any, batch: Batch) -> np.ndarray[Any, Any]:
 
 
 def _edited(loaded: LoadedModel, batch: Batch, name: str) -> np.ndarray[Any, Any]:
-    """Logits where one query of the stack's first layer attends to nothing but the first key.
+    """Logits where one query of its first layer attends to nothing but the first key.
 
-    The query is the last prompt token; of an encoder, the last token of its first segment.
+    The query is the last prompt token; of an encoder, the last patch of its first segment; of a Q-Former, the
+    first of its learned queries.
     """
     layer_of = loaded.anatomy.module_layers([name])
+    first = min(layer for _, layer in layer_of.values())
     edited: list[int] = []
 
     def edit(call: AttentionCall) -> None:
-        if call.module in layer_of and layer_of[call.module][1] == 0 and not edited:
-            query = call.query.shape[2] - 1 if name == "vision" else int(batch.last_prompt[0])
+        if call.module in layer_of and layer_of[call.module][1] == first and not edited:
+            query = _edited_query(loaded.anatomy.of(name), batch, call)
             values = call.value[0, :, 0].repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=0)
             # The call shows the very output that the model goes on with.
             call.output[0, query] = values
@@ -152,13 +158,21 @@ def _edited(loaded: LoadedModel, batch: Batch, name: str) -> np.ndarray[Any, Any
         return outcome(loaded.model, batch)
 
 
+def _edited_query(stack: Stack, batch: Batch, call: AttentionCall) -> int:
+    if stack.is_encoder:
+        patches = np.flatnonzero(batch.encoder[0]["patch_row"][: call.query.shape[2]] >= 0)
+        return int(patches[-1])
+    return int(batch.last_prompt[0]) if stack.name == "text" else 0
+
+
 def _observe(
     loaded: LoadedModel, batch: Batch, attention: Collection[str], tolerance: float
 ) -> tuple[dict[str, StackProof], np.ndarray[Any, Any]]:
     anatomy = loaded.anatomy
-    stacks = {name: StackProof() for name in anatomy.stacks if name != "vision" or any(batch.images)}
+    seen = [name for name, stack in anatomy.stacks.items() if not stack.is_encoder or any(batch.images)]
+    stacks = {name: StackProof() for name in [*seen, *sorted(each for each in attention if CROSS in each)]}
     layer_of = anatomy.module_layers(attention)
-    probes = {name: [LayerProbe(layer, tolerance) for layer in anatomy.stack(name).layers] for name in stacks}
+    probes = {name: [LayerProbe(layer, tolerance) for layer in anatomy.stack(name).layers] for name in seen}
     encoder = EncoderMasks(batch.encoder)
     decoder = anatomy.stack("text").layers if "text" in attention else ()
     projections = [ProjectionProbe(layer, tolerance) for layer in decoder]
@@ -167,17 +181,19 @@ def _observe(
         if call.module not in layer_of:
             return
         name, layer = layer_of[call.module]
-        stack, proof = anatomy.stack(name), stacks[name]
+        stack, proof = anatomy.of(name), stacks[name]
         if name == "text":
             projections[layer].attended(call.output)
-        _check_shape(call, stack, layer)
-        if name == "vision":
+        _check_shape(call, stack, f"{name}.{layer}")
+        lengths = [call.query.shape[2]] * call.query.shape[0]
+        if stack.is_encoder:
             rule = encoder_rule(vision_config(loaded.model), layer)
-            encoder.check(rule, call, layer)
-            lengths = [call.query.shape[2]] * call.query.shape[0]
+            encoder.check(rule, call, layer, name)
+        elif name.endswith(CROSS):
+            rule = find_cross_rule(call, batch.table("xq"), batch.table("xk"), f"{name}.{layer}")
         else:
-            rule = _decoder_rule(call, layer, proof, batch)
-            lengths = [len(layout) for layout in batch.sequences]
+            rule = _sample_rule(call, name, layer, proof, batch)
+            lengths = [len(layout) for layout in batch.layouts(name)]
         proof.rules[layer] = rule
         proof.attention[str(layer)] = describe(rule, call)
         _rebuild(call, stack, proof, lengths)
@@ -196,8 +212,7 @@ def _observe(
     return stacks, logits
 
 
-def _check_shape(call: AttentionCall, stack: Stack, layer: int) -> None:
-    where = f"{stack.name}.{layer}"
+def _check_shape(call: AttentionCall, stack: Stack, where: str) -> None:
     got = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
     expected = (stack.heads, stack.kv_heads, stack.head_width)
     if got != expected:
@@ -212,14 +227,14 @@ def _check_shape(call: AttentionCall, stack: Stack, layer: int) -> None:
         )
 
 
-def _decoder_rule(call: AttentionCall, layer: int, proof: StackProof, batch: Batch) -> MaskRule:
+def _sample_rule(call: AttentionCall, name: str, layer: int, proof: StackProof, batch: Batch) -> MaskRule:
     if layer in proof.rules:
         raise ModelError(
-            f"text.{layer}: attention is computed more than once in a forward.",
+            f"{name}.{layer}: attention is computed more than once in a forward.",
             "This architecture needs an adapter; until it has one, nothing of it is captured.",
         )
-    rule = find_rule(call, batch.sequences, f"text.{layer}")
-    if rule.mask == "bidirectional" and any(batch.answers):
+    rule = find_rule(call, batch.layouts(name), f"{name}.{layer}")
+    if name == "text" and rule.mask == "bidirectional" and any(batch.answers):
         raise CaptureError(
             f"text.{layer}: the prompt attends to the answer, which was not there when it was generated.",
             "This architecture needs an adapter; until it has one, use --max-new-tokens 0.",
@@ -255,8 +270,8 @@ def _join_halves(stack: Stack, proof: StackProof, probes: list[LayerProbe]) -> N
             "This architecture needs an adapter; until it has one, nothing of it is captured.",
         )
     known = [probe.found for probe in probes if probe.found is not None]
-    if len(known) == len(probes) and len({halves for halves, _ in known}) == 1:
-        proof.halves = known[0][0]
+    if len(known) == len(probes):
+        proof.halves = Halves.of_layers([halves for halves, _ in known])
         proof.halves_error = max(error for _, error in known)
     for lower, upper in pairwise(probes):
         # Layers may be on different devices.
@@ -269,38 +284,48 @@ def _join_halves(stack: Stack, proof: StackProof, probes: list[LayerProbe]) -> N
 
 
 def _join_projections(proof: StackProof, probes: list[ProjectionProbe]) -> None:
-    problems = [projection_problem(probe, proof.halves) for probe in probes]
+    problems = [
+        projection_problem(probe, None if proof.halves is None else proof.halves.at(layer))
+        for layer, probe in enumerate(probes)
+        if layer in proof.rules
+    ]
     proof.projection_problem = next((problem for problem in problems if problem is not None), None)
     proof.projections = {layer: probe.found for layer, probe in enumerate(probes) if probe.found is not None}
 
 
-def _check_stack(stack: Stack, proof: StackProof, tolerance: float) -> None:
-    absent = sorted(set(range(len(stack.layers))) - set(proof.rules))
+def _check_layers(anatomy: Anatomy, name: str, proof: StackProof, tolerance: float) -> None:
+    expected = anatomy.of(name).attending(cross=name.endswith(CROSS))
+    absent = sorted(set(expected) - set(proof.rules))
     if absent:
         raise ModelError(
-            f"{stack.name}: attention of only {len(proof.rules)} of {len(stack.layers)} layers can be seen; "
+            f"{name}: attention of only {len(proof.rules)} of {len(expected)} layers can be seen; "
             f"not {', '.join(map(str, absent[:8]))}.",
             "They attend by code of their own; this architecture needs an adapter.",
         )
     if proof.output_error > tolerance or proof.row_sum_error > tolerance:
         raise CaptureError(
-            f"{stack.name}: attention rebuilt from q and k is off by {proof.output_error:.2g} of its output, "
+            f"{name}: attention rebuilt from q and k is off by {proof.output_error:.2g} of its output, "
             f"rows sum to 1 within {proof.row_sum_error:.2g} (allowed: {tolerance:.0e}).",
             "Its attention does something that q, k and the mask rule do not hold; report this model.",
         )
 
 
-def _report(stack: Stack, proof: StackProof) -> dict[str, Any]:
-    return {
+def _report(stack: Stack, proof: StackProof, *, cross: bool) -> dict[str, Any]:
+    attention = {
         "path": stack.path,
         "taps": len(proof.rules),
         "row_sum_error": proof.row_sum_error,
         "attention_output_error": proof.output_error,
         "logits_change_by_edited_row": proof.edit_change,
+        "masks": sorted({rule.mask for rule in proof.rules.values()}),
+    }
+    if cross:
+        return attention
+    return {
+        **attention,
         "halves": None if proof.halves is None else proof.halves.definition,
         "halves_error": proof.halves_error,
         "resid_post_is_next_resid_pre": proof.stream_is_unbroken,
-        "masks": sorted({rule.mask for rule in proof.rules.values()}),
     }
 
 

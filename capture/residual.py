@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -26,17 +26,32 @@ class Halves:
     """The children of a layer whose outputs add up to what it adds: post = pre + attention + mlp.
 
     Where the layer scales those outputs before it adds them, `middle` is the child that reads the residual
-    stream between the two halves, and each half is a difference.
+    stream between the two halves, and each half is a difference. Where layers of a stack differ in kind,
+    `each` has those of every layer, and the rest is that of the first.
     """
 
     attention: str
     mlp: str
     has_middle: bool
     middle: str | None = None
+    each: tuple[Halves, ...] = ()
+
+    @classmethod
+    def of_layers(cls, found: Sequence[Halves]) -> Halves:
+        """Those of a stack: one for all layers, or where layers differ, `each`."""
+        if len(set(found)) == 1:
+            return found[0]
+        return replace(found[0], has_middle=all(one.has_middle for one in found), each=tuple(found))
+
+    def at(self, layer: int) -> Halves:
+        """Those of one layer."""
+        return self.each[layer] if self.each else self
 
     @property
     def definition(self) -> dict[str, str]:
-        """What the sites of this layer are, for the attribute `definition`."""
+        """What the sites inside a layer are, for the attribute `definition`."""
+        if self.each:
+            return self.define(range(len(self.each)))
         if self.middle is not None:
             return {
                 "attn_out": f"resid_mid - resid_pre, which is output of {self.attention} scaled",
@@ -47,6 +62,19 @@ class Halves:
             "attn_out": f"output of {self.attention}",
             "mlp_out": f"output of {self.mlp}",
             "resid_mid": f"resid_pre + output of {self.attention}",
+        }
+
+    def define(self, layers: Sequence[int]) -> dict[str, str]:
+        """`definition` for some layers; where they differ, with the numbers of those that it is true of."""
+        told: dict[str, dict[str, list[str]]] = {}
+        for number in layers:
+            for site, what in self.at(number).definition.items():
+                told.setdefault(site, {}).setdefault(what, []).append(str(number))
+        return {
+            site: next(iter(numbers))
+            if len(numbers) == 1
+            else "; ".join(f"layer {', '.join(of)}: {what}" for what, of in numbers.items())
+            for site, numbers in told.items()
         }
 
 
@@ -68,7 +96,7 @@ def residual_hooks(
         yield
 
 
-def _attach(stack: Stack, number: int, site: str, halves: Halves | None, observer: Observer) -> _Handle:
+def _attach(stack: Stack, number: int, site: str, every: Halves | None, observer: Observer) -> _Handle:
     layer = stack.layers[number]
 
     def seen(tensor: Tensor) -> None:
@@ -80,8 +108,9 @@ def _attach(stack: Stack, number: int, site: str, halves: Halves | None, observe
         )
     if site == "resid_post":
         return layer.register_forward_hook(lambda _, args, output: seen(first_tensor(output)))
-    require_halves(stack.name, site, halves)
-    assert halves is not None
+    require_halves(stack.name, site, every)
+    assert every is not None
+    halves = every.at(number)
     if halves.middle is not None:
         return _attach_difference(layer, site, halves.middle, seen)
     if site == "resid_mid":
@@ -246,6 +275,10 @@ class LayerProbe:
         """The first child whose output is `step` but for a factor for each channel, and the error of that."""
         for name, value in outputs.items():
             flat, wanted = value.float().flatten(0, -2), step.float().flatten(0, -2)
+            # Mllama adds nothing at words before the first image, whatever the module gives there.
+            added = wanted.abs().amax(1) > 0
+            if bool(added.any()):
+                flat, wanted = flat[added], wanted[added]
             factor = (flat * wanted).sum(0) / (flat * flat).sum(0).clamp_min(1e-30)
             error = relative_error(flat * factor, wanted)
             if error <= self.tolerance:

@@ -35,12 +35,12 @@ class RowSite:
 
     def __init__(self, site: ResolvedSite, batch: Batch) -> None:
         self.site = site
-        table = joined(batch.encoder if site.stack.name == "vision" else batch.decoder)
+        table = joined(batch.table(site.spec.table))
         self.keys = Keys(table["kind"], table["position"])
         self.rows = np.flatnonzero(select(table, site.spec.tokens))
-        owner = [table["sample_index"]]
-        if site.stack.name == "vision":
-            owner += [table["image_index"], table["tile"]]
+        owner = [
+            table[name] for name in (site.stack.sequence if site.stack.is_encoder else ("sample_index",))
+        ]
         changes = np.any([np.diff(column) != 0 for column in owner], axis=0)
         # Where each sequence begins, and the end of the last.
         self.bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(self.keys)]]).astype(np.int64)
@@ -80,7 +80,7 @@ class RowSite:
         where = f"{self.site.stack.name}.{layer}.{self.site.spec.site}"
         for sequence in range(call.query.shape[0]):
             stop = seen + call.query.shape[2]
-            if self.site.stack.name != "vision":
+            if not self.site.stack.is_encoder:
                 seen, stop = (int(bound) for bound in self.bounds[sequence : sequence + 2])
             first, last = np.searchsorted(self.rows, [seen, stop])
             if first < last:

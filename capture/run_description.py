@@ -105,16 +105,19 @@ def run_groups(
     if survey.has_images:
         groups += image_groups(settings.images)
         groups.append(GroupSchema("tokens/vision", "patch", token_columns("patch"), {"stack": "vision"}))
+        if "qformer" in proof.stacks:
+            groups.append(
+                GroupSchema("tokens/qformer", "token", token_columns("token"), {"stack": "qformer"})
+            )
     return [*groups, *(schema for site in sites for schema in site.schemas(_described(site, proof)))]
 
 
 def _described(site: ResolvedSite, proof: Proof) -> dict[str, Any]:
-    stack = proof.stacks.get(site.stack.name)
+    stack = proof.stacks.get(site.attention or site.stack.name)
     if stack is None:
         return {}
-    if site.spec.site in ("q", "k", *ROW_SITES):
+    if site.spec.site in ("q", "k", "xq", "xk", *ROW_SITES):
         rules = {str(layer): stack.attention[str(layer)] for layer in site.layers}
         return {"attention": rules, "heads_per_kv_head": site.stack.heads // site.stack.kv_heads}
-    if stack.halves is not None and site.spec.site in stack.halves.definition:
-        return {"definition": stack.halves.definition[site.spec.site]}
-    return {}
+    definition = {} if stack.halves is None else stack.halves.define(site.layers)
+    return {"definition": definition[site.spec.site]} if site.spec.site in definition else {}

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from mechanistic.store.errors import SpecificationError
 from mechanistic.store.schema import ArraySchema, GroupSchema, token_columns
 
-from .anatomy import Anatomy, Stack
+from .anatomy import CROSS, Anatomy, Stack
 from .attention_statistics import statistics_arrays
-from .specification import KV_SITES, RESIDUAL_SITES, ROW_SITES, SiteSpec
+from .specification import CROSS_SITES, KV_SITES, RESIDUAL_SITES, ROW_SITES, SiteSpec
 
 UNITS = {"long_name": "activation"}
 PATTERN_UNITS = {"units": "1", "long_name": "attention weight"}
+FIRST_QUERY = {"long_name": "position of the first query that may read the key, -1: see mask rule"}
 # The axis of a pattern: the weights of all rows, end to end.
 ENTRY = "entry"
 PATTERN_PLACES = {
@@ -49,7 +51,16 @@ class ResolvedSite:
     @property
     def axis(self) -> str:
         """The dimension that grows."""
-        return "sample" if self.spec.only_last else self.stack.axis
+        if self.spec.only_last:
+            return "sample"
+        return "patch" if self.spec.table == "xk" else self.stack.axis
+
+    @property
+    def attention(self) -> str | None:
+        """The name of the attention it belongs to, such as ``text`` or ``text/x``; None outside of any."""
+        if self.heads is None:
+            return None
+        return self.stack.name + (CROSS if self.spec.site in CROSS_SITES else "")
 
     @property
     def label_group(self) -> str:
@@ -97,6 +108,8 @@ class ResolvedSite:
             coords[self._head] = np.asarray(self.heads, np.int32)
         # Rows along `sample` are those of samples/, and need no labels of their own.
         labels = () if self.axis == "sample" else token_columns("patch" if self.axis == "patch" else "token")
+        if self.spec.table == "xk":
+            labels += (ArraySchema("first_query", (self.axis,), "int32", attrs=FIRST_QUERY),)
         described = {
             "site": self.spec.site,
             "stack": self.stack.name,
@@ -142,19 +155,47 @@ def resolve_sites(specs: Sequence[SiteSpec], anatomy: Anatomy, dtype: str) -> tu
     return tuple(_resolve(spec, anatomy.stack(spec.stack), dtype) for spec in every)
 
 
+def attended(sites: Sequence[ResolvedSite]) -> set[str]:
+    """The names of the attentions that these sites keep something of."""
+    return {site.attention for site in sites if site.attention is not None}
+
+
 def _resolve(spec: SiteSpec, stack: Stack, dtype: str) -> ResolvedSite:
     heads = None
+    # Q-Formers stay in float32, whatever the rest of the model is loaded in.
+    dtype = stack.dtype if stack.name == "qformer" and stack.dtype is not None else dtype
     if spec.site not in RESIDUAL_SITES:
         heads = spec.head_numbers(stack.kv_heads if spec.site in KV_SITES else stack.heads)
     return ResolvedSite(
         spec=spec,
         stack=stack,
-        layers=spec.layer_numbers(len(stack.layers)),
+        layers=_layers(spec, stack),
         heads=heads,
         # Attention rows are rebuilt in float32, whatever the model computes in.
         dtype=spec.dtype or ("float32" if spec.site in ROW_SITES else stored_dtype(dtype)),
         source_dtype=dtype,
     )
+
+
+def _layers(spec: SiteSpec, stack: Stack) -> tuple[int, ...]:
+    """The layers meant, of those that attend to their own tokens or to others, as the site needs it."""
+    wanted = spec.layer_numbers(len(stack.layers))
+    if spec.site in RESIDUAL_SITES:
+        return wanted
+    cross = spec.site in CROSS_SITES
+    having = stack.attending(cross=cross)
+    missing = sorted(set(wanted) - set(having))
+    if not having or (missing and spec.layers.ranges is not None):
+        what = "cross-attention" if cross else "self-attention"
+        raise SpecificationError(
+            f"'{spec.to_string()}': {stack.name} has {what} in {_listed(having)} only.",
+            f"Ask for {stack.name}.*.{spec.site}, which takes those, or leave the site out.",
+        )
+    return tuple(number for number in wanted if number in having)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return f"layer {', '.join(map(str, layers))}" if layers else "no layer"
 
 
 def stored_dtype(dtype: str) -> str:

@@ -7,6 +7,7 @@
 part      written                                means
 ========  =====================================  ==============================================
 stack     ``text``, ``vision``                   the decoder, the vision encoder
+          ``vision_global``, ``qformer``         Mllama's second encoder, BLIP-2's query former
 layers    ``*``, ``5``, ``8-20``, ``0+3+8-10``   output of which layers, counted from 0
 site      see `SITES`                            which tensor of the layer
 heads     ``{0+3}``, ``{4-7}``, absent: all      heads of what has heads (kv heads for k and v)
@@ -23,16 +24,20 @@ from dataclasses import dataclass
 
 from mechanistic.store.errors import SpecificationError
 
-STACKS = ("text", "vision")
+STACKS = ("text", "vision", "vision_global", "qformer")
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 ATTENTION_SITES = ("q", "k", "v", "z")
+# Cross-attention: queries of the stack itself, keys and values of the tokens that it reads.
+CROSS_SITES = ("xq", "xk", "xv", "xz")
 # Made of whole attention rows; their tokens are the queries.
 ROW_SITES = ("attn_stats", "pattern")
-SITES = RESIDUAL_SITES + ATTENTION_SITES + ROW_SITES
-KV_SITES = ("k", "v")
+SITES = RESIDUAL_SITES + ATTENTION_SITES + CROSS_SITES + ROW_SITES
+KV_SITES = ("k", "v", "xk", "xv")
 ROLES = ("subject", "object", "relation", "option", "last")
 TOKENS = ("all", "text", "image", "answer", *ROLES)
 VISION_TOKENS = ("all", "image")
+# A query former answers nothing, so that no token of it is an answer or the last of a prompt.
+QFORMER_TOKENS = ("all", "text", "image", "subject", "object", "relation", "option")
 DTYPES = ("float16", "float32")
 
 # The modest default of the format: what most questions about attention and readability need.
@@ -117,7 +122,7 @@ class SiteSpec:
         stack, site, dtype = match["stack"], match["site"], match["dtype"]
         _require(stack, STACKS, "stack", text)
         _require(site, SITES, "site", text)
-        tokens = _canonical_tokens((match["tokens"] or "all").split("+"), stack, text)
+        tokens = _canonical_tokens((match["tokens"] or "all").split("+"), stack, site, text)
         if dtype is not None:
             _require(dtype, DTYPES, "dtype", text)
         if site == "attn_stats" and dtype not in (None, "float32"):
@@ -127,7 +132,8 @@ class SiteSpec:
         if match["heads"] is not None and site in RESIDUAL_SITES:
             raise SpecificationError(
                 f"The site '{site}' in '{text}' has no heads.",
-                f"Select heads of {', '.join(ATTENTION_SITES + ROW_SITES)} only; drop {{{match['heads']}}}.",
+                f"Select heads of {', '.join(ATTENTION_SITES + CROSS_SITES + ROW_SITES)} only; "
+                f"drop {{{match['heads']}}}.",
             )
         return cls(
             stack, Numbers.parse(match["layers"]), site, Numbers.parse(match["heads"] or "*"), tokens, dtype
@@ -138,6 +144,13 @@ class SiteSpec:
         heads = "" if self.heads.ranges is None else f"{{{self.heads.to_string()}}}"
         dtype = "" if self.dtype is None else f":{self.dtype}"
         return f"{self.stack}.{self.layers.to_string()}.{self.site}{heads}[{'+'.join(self.tokens)}]{dtype}"
+
+    @property
+    def table(self) -> str:
+        """Whose tokens the rows are: a stack's, those that cross over (xq), or those read there (xk)."""
+        if self.site in CROSS_SITES:
+            return "xk" if self.site in KV_SITES else "xq"
+        return "vision" if self.stack.startswith("vision") else self.stack
 
     def layer_numbers(self, count: int) -> tuple[int, ...]:
         """The layers meant, in a stack of `count` layers (SpecificationError if one does not exist)."""
@@ -194,9 +207,17 @@ def _require(name: str, known: Sequence[str], what: str, text: str) -> None:
         )
 
 
-def _canonical_tokens(tokens: Sequence[str], stack: str, text: str) -> tuple[str, ...]:
-    known = VISION_TOKENS if stack == "vision" else TOKENS
+def known_tokens(stack: str, site: str) -> tuple[str, ...]:
+    """The token selections that a site may have."""
+    if stack.startswith("vision") or site in ("xk", "xv"):
+        return VISION_TOKENS
+    return QFORMER_TOKENS if stack == "qformer" else TOKENS
+
+
+def _canonical_tokens(tokens: Sequence[str], stack: str, site: str, text: str) -> tuple[str, ...]:
+    known = known_tokens(stack, site)
+    where = f"{stack}.{site}" if site in ("xk", "xv") else stack
     for name in tokens:
-        _require(name, known, f"token selection of {stack}", text)
+        _require(name, known, f"token selection of {where}", text)
     # Sorted by the order of the table, so that one selection has one spelling in the run's attributes.
     return ("all",) if "all" in tokens else tuple(name for name in known if name in tokens)

@@ -30,6 +30,8 @@ def decoder_table(
     images: Sequence[ImageLayout],
     image_token: int | None,
     texts: Mapping[int, str],
+    *,
+    replaced: bool = True,
 ) -> Columns:
     """Labels of one sample's prompt and answer tokens.
 
@@ -37,6 +39,8 @@ def decoder_table(
     ----------
     offsets
         Characters of each prompt token, counted from the first of the question.
+    replaced
+        Whether image features take the place of the image tokens; if not, those are words like others.
 
     Raises
     ------
@@ -56,7 +60,7 @@ def decoder_table(
             f"Sample {sample.sample_id!r}: {len(placeholders)} image tokens in its prompt, not {expected}.",
             "The processor and the model's configuration do not belong together, or a prompt was cut short.",
         )
-    kind[placeholders] = KIND["image"]
+    kind[placeholders] = KIND["image" if replaced else "special"]
     kind[prompt:] = KIND["answer"]
     _place(columns, placeholders, [layout.decoder for layout in images])
     spans = role_spans(sample)
@@ -66,6 +70,15 @@ def decoder_table(
             columns[f"is_{role}"][:prompt] = tokens_in(spans[role], offsets)
     columns["is_last_prompt"][prompt - 1] = True
     return columns
+
+
+def query_table(sample_index: int, count: int) -> Columns:
+    """The table of learned queries about the one image of a sample: no place in it, no word, no role."""
+    columns = _blank(count, sample_index)
+    columns["kind"][:], columns["image_index"][:] = KIND["image"], 0
+    columns["token_id"] = np.full(count, -1, np.int32)
+    columns["token_text"] = np.full(count, "", object)
+    return columns | {f"is_{role}": np.zeros(count, np.bool_) for role in ROLES}
 
 
 def no_words(sample_index: int) -> Columns:

@@ -16,7 +16,7 @@ from .manifest import MANIFEST, Manifest
 from .parts import DERIVED, combined_manifest, open_parts, part_count, read_parts
 from .schema import FORMAT, FORMAT_VERSION
 
-STACKS = ("text", "vision", "qformer")
+STACKS = ("text", "vision", "vision_global", "qformer")
 _HINT = "Check the path; `mechanistic capture` makes one."
 
 

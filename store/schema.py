@@ -27,7 +27,9 @@ MASKS = (
     "sliding_window_image_blocks",
     "image_windows",
     "per_image",
+    "padded_image",
     "cross",
+    "cross_from",
 )
 
 # `points_into` names the group whose rows the values are: where rows are put behind others, they move along.

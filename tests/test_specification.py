@@ -14,10 +14,10 @@ from mechanistic.capture.specification import (
     ATTENTION_SITES,
     DTYPES,
     SITES,
-    TOKENS,
-    VISION_TOKENS,
+    STACKS,
     Numbers,
     SiteSpec,
+    known_tokens,
     parse_sites,
 )
 from mechanistic.capture.token_table import select
@@ -42,6 +42,8 @@ def test_parse__reads_every_part() -> None:
         ("text.5.resid_post[last+all]", "text.5.resid_post[all]", "text/resid_post"),
         ("text.5.q[last]", "text.5.q[last]", "text/q"),
         (" vision.*.k[image] ", "vision.*.k[image]", "vision/k"),
+        ("text.3.xq[text]", "text.3.xq[text]", "text/xq"),
+        ("qformer.*.xk", "qformer.*.xk[all]", "qformer/xk"),
     ],
 )
 def test_parse__has_one_spelling_and_one_group(text: str, canonical: str, group: str) -> None:
@@ -56,8 +58,8 @@ def specs(draw: st.DrawFn) -> SiteSpec:
         st.tuples(number, number).map(lambda pair: (min(pair), max(pair))), min_size=1, max_size=4
     )
     numbers = st.none() | ranges.map(tuple)
-    stack, site = draw(st.sampled_from(["text", "vision"])), draw(st.sampled_from(SITES))
-    known = VISION_TOKENS if stack == "vision" else TOKENS
+    stack, site = draw(st.sampled_from(STACKS)), draw(st.sampled_from(SITES))
+    known = known_tokens(stack, site)
     chosen = draw(st.sets(st.sampled_from(known), min_size=1))
     return SiteSpec(
         stack,
@@ -83,6 +85,8 @@ def test_to_string__is_read_back_to_the_same_value(spec: SiteSpec) -> None:
         ("audio.*.q", "no stack 'audio'.*\n.*text, vision"),
         ("text.*.residual", "no site 'residual'.*\n.*resid_post"),
         ("text.*.q[words]", "no token selection of text 'words'.*\n.*subject"),
+        ("text.*.xk[subject]", "no token selection of text.xk 'subject'.*\n.*all, image"),
+        ("qformer.*.q[last]", "no token selection of qformer 'last'.*\n.*all, text, image"),
         ("vision.*.q[subject]", "no token selection of vision 'subject'.*\n.*all, image"),
         ("text.*.q:bfloat16", "no dtype 'bfloat16'.*\n.*float16, float32"),
         ("text.*.resid_post{0}", "has no heads"),

@@ -37,6 +37,7 @@ from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store import open_run, site
 from mechanistic.store.errors import CaptureError, MissingSiteError, ModelError
+from mechanistic.store.schema import KIND
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -45,6 +46,7 @@ TOLERANCE = 1e-5
 HALF_TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
 ANSWER = 2
 SITES = ("resid_pre", "resid_post", "q", "k", "v", "z")
+CROSS_SITES = ("xq", "xk", "xv", "xz")
 INNER = ("attn_out", "resid_mid", "mlp_out")
 
 
@@ -85,6 +87,10 @@ class Captured:
     def depth(self, stack: str) -> int:
         return len(self.loaded.model.get_submodule(self.family.layers[stack]))
 
+    def attending(self, stack: str) -> list[int]:
+        """The layers that attend to tokens of their own stack, as an outsider knows them."""
+        return list(self.family.own.get(stack, range(self.depth(stack))))
+
 
 @pytest.fixture(scope="module", params=ZOO)
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Captured:
@@ -94,6 +100,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp(request.param) / "run"
     sites = [f"{stack}.*.{name}" for stack in family.layers for name in SITES]
     sites += [f"{stack}.*.{name}" for stack in family.layers for name in INNER if family.halves_of(stack)]
+    sites += [f"{stack}.*.{name}" for stack in family.cross for name in CROSS_SITES]
     longest = ANSWER if loaded.model.can_generate() else 0
     capture_run(loaded, Listed(asked), path, sites=sites, batch_size=4, max_new_tokens=longest, quiet=True)
     run = open_run(path)
@@ -141,7 +148,10 @@ def watching(family: Family, model: nn.Module, seen: Seen) -> Iterator[None]:
     with ExitStack() as stack:
         for name, path in family.layers.items():
             for number, layer in enumerate(model.get_submodule(path)):  # type: ignore[arg-type]
-                owner |= dict.fromkeys(layer.modules(), (name, number))
+                owner |= {
+                    part: (f"{name}/x" if "cross" in inside else name, number)
+                    for inside, part in layer.named_modules()
+                }
                 pre, post = (
                     seen.residual.setdefault((name, end, number), []) for end in ("resid_pre", "resid_post")
                 )
@@ -178,7 +188,7 @@ def watching(family: Family, model: nn.Module, seen: Seen) -> Iterator[None]:
 
 def half_hooks(family: Family, stack: str, number: int, layer: nn.Module, seen: Seen) -> Iterator[Any]:
     """Record what the two halves of a layer give, or what is read between them."""
-    halves = family.halves_of(stack)
+    halves = family.halves_of(stack, number)
     if halves is None:
         return
     attention, mlp, middle = halves
@@ -235,9 +245,25 @@ def test_zoo__attention_from_q_and_k_is_the_librarys_eager_attention(captured: C
         expected_of = causal_steps if stack == "text" else blocks
         for number, seen in enumerate(captured.seen):
             pattern = attention_pattern(captured.run, sample=number, stack=stack).attention_pattern
-            assert pattern.sizes["layer"] == captured.depth(stack)
-            for layer, got in enumerate(pattern.values):
+            assert pattern.layer.values.tolist() == captured.attending(stack)
+            for layer, got in zip(captured.attending(stack), pattern.values, strict=True):
                 close(got, expected_of(seen.weights[stack, layer], got.shape))
+
+
+def test_zoo__cross_attention_from_xq_and_xk_is_the_librarys(captured: Captured) -> None:
+    for stack, layers in captured.family.cross.items():
+        for number, seen in enumerate(captured.seen):
+            pattern = attention_pattern(captured.run, sample=number, stack=stack, cross=True)
+            assert pattern.layer.values.tolist() == list(layers)
+            xz, xv = captured.rows(f"{stack}/xz", number), captured.rows(f"{stack}/xv", number)
+            for place, layer in enumerate(layers):
+                got = pattern.attention_pattern.values[place]
+                calls = torch.cat(seen.weights[f"{stack}/x", layer], dim=2)[0].numpy()
+                close(got, calls[:, : got.shape[1]])
+                mixed = torch.cat([call.flatten(0, 1) for call in seen.mixed[f"{stack}/x", layer]]).numpy()
+                close(xz[place], mixed[: len(xz[place])].reshape(xz[place].shape))
+                values = np.repeat(xv[place], xz.shape[2] // xv.shape[2], axis=1)
+                close(np.einsum("hqk,khd->qhd", got, values), xz[place])
 
 
 def causal_steps(calls: list[torch.Tensor], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -269,27 +295,31 @@ def test_zoo__head_outputs_and_values_are_the_librarys(captured: Captured) -> No
         for number, seen in enumerate(captured.seen):
             z, v = captured.rows(f"{stack}/z", number), captured.rows(f"{stack}/v", number)
             pattern = attention_pattern(captured.run, sample=number, stack=stack).attention_pattern.values
-            for layer, got in enumerate(z):
+            for place, layer in enumerate(captured.attending(stack)):
+                got = z[place]
                 mixed = torch.cat([call.flatten(0, 1) for call in seen.mixed[stack, layer]]).numpy()
                 close(got, mixed[: len(got)].reshape(got.shape))
-                values = np.repeat(v[layer], got.shape[1] // v.shape[2], axis=1)
-                close(np.einsum("hqk,khd->qhd", pattern[layer], values), got)
+                values = np.repeat(v[place], got.shape[1] // v.shape[2], axis=1)
+                close(np.einsum("hqk,khd->qhd", pattern[place], values), got)
 
 
 def test_zoo__halves_of_a_layer_are_what_its_modules_give(captured: Captured) -> None:
     for stack in captured.family.layers:
-        halves = captured.family.halves_of(stack)
-        if halves is None:
+        if captured.family.halves_of(stack) is None:
             assert captured.run.attrs["proven"]["stacks"][stack]["halves"] is None
             continue
-        assert halves[0] in site(captured.run, f"{stack}/attn_out").attrs["definition"]
-        assert halves[1] in site(captured.run, f"{stack}/mlp_out").attrs["definition"]
+        every = [captured.family.halves_of(stack, layer) for layer in range(captured.depth(stack))]
+        for halves in filter(None, every):
+            assert halves[0] in site(captured.run, f"{stack}/attn_out").attrs["definition"]
+            assert halves[1] in site(captured.run, f"{stack}/mlp_out").attrs["definition"]
         for number, seen in enumerate(captured.seen):
             got = {
                 name: captured.rows(f"{stack}/{name}", number) for name in ("resid_pre", "resid_post", *INNER)
             }
             for layer in range(captured.depth(stack)):
                 at = {name: values[layer] for name, values in got.items()}
+                halves = every[layer]
+                assert halves is not None
                 for name in ("resid_mid",) if halves[2] else ("attn_out", "mlp_out"):
                     close(at[name], seen.stream(stack, name, layer)[: len(at[name])])
                 close(at["resid_pre"] + at["attn_out"], at["resid_mid"])
@@ -308,6 +338,9 @@ def test_zoo__heads_sum_to_what_attention_writes_into_the_logits(captured: Captu
     if "/readout" not in captured.run.groups:
         return
     readout = captured.run["readout"].to_dataset()
+    if captured.family.halves_of("text") is None:
+        assert "no two modules of a layer add up" in readout.attrs["no_head_readout"]
+        return
     if captured.family.halves_of("text") == NORMED["text"]:
         assert "normed or scaled" in readout.attrs["no_head_readout"]
         with pytest.raises(MissingSiteError, match="normed or scaled before it is added"):
@@ -322,7 +355,8 @@ def test_zoo__heads_sum_to_what_attention_writes_into_the_logits(captured: Captu
     for number, seen in enumerate(captured.seen):
         z = captured.rows("text/z", number)
         heads = np.einsum("ltho,lhow->ltw", z, readout.head_readout.values)
-        for layer, got in enumerate(heads + readout.attn_bias_readout.values[:, None]):
+        every = heads + readout.attn_bias_readout.values[:, None]
+        for layer, got in zip(captured.attending("text"), every, strict=True):
             written = seen.stream("text", "attn_out", layer)[: len(got)]
             close(got, written @ rows.numpy().T)
 
@@ -331,7 +365,7 @@ def test_zoo__heads_are_ranked_by_what_they_write(captured: Captured) -> None:
     if "head_readout" not in (captured.run["readout"] if "/readout" in captured.run.groups else ()):
         return
     found = logit_attribution(captured.run)["logit_attribution"]
-    whole = logit_attribution(captured.run, of="attn_out")["logit_attribution"].values
+    whole = logit_attribution(captured.run, of="attn_out")["logit_attribution"].sel(layer=found.layer).values
     if not np.any(captured.run["readout"].to_dataset().attn_bias_readout):
         close(found.sum("head").values, whole)
     ranked = head_importance(captured.run, criteria=["logit_attribution"], resamples=2)
@@ -341,18 +375,23 @@ def test_zoo__heads_are_ranked_by_what_they_write(captured: Captured) -> None:
 def test_zoo__masks_are_those_of_the_family(captured: Captured) -> None:
     for stack, masks in captured.family.masks.items():
         rules = site(captured.run, f"{stack}/q").attrs["attention"]
-        found = [rules[str(layer)]["mask"] for layer in range(captured.depth(stack))]
+        found = [rules[str(layer)]["mask"] for layer in captured.attending(stack)]
         assert found == list(masks) * (len(found) // len(masks))
 
 
 def test_zoo__what_was_proven_is_in_the_run(captured: Captured) -> None:
     proven = captured.run.attrs["proven"]
     assert proven["logits_change"] <= TOLERANCE
-    assert proven["forwards"] == 3 + len(captured.family.layers)
+    assert proven["forwards"] == 3 + len(captured.family.layers) + len(captured.family.cross)
     for stack, path in captured.family.layers.items():
         report = proven["stacks"][stack]
-        assert (report["path"], report["taps"]) == (path, captured.depth(stack))
+        assert (report["path"], report["taps"]) == (path, len(captured.attending(stack)))
         assert report["row_sum_error"] < TOLERANCE
+        assert report["attention_output_error"] < TOLERANCE
+        assert report["logits_change_by_edited_row"] > 0
+    for stack, layers in captured.family.cross.items():
+        report = proven["stacks"][f"{stack}/x"]
+        assert report["taps"] == len(layers)
         assert report["attention_output_error"] < TOLERANCE
         assert report["logits_change_by_edited_row"] > 0
 
@@ -365,34 +404,50 @@ def still(request: pytest.FixtureRequest) -> tuple[Family, LoadedModel]:
     """A model whose encoder layers do nothing and whose processor keeps pixels as they are."""
     family = ZOO[request.param]
     loaded = family.build()
-    for layer in loaded.model.get_submodule(family.layers["vision"]):
-        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    for stack in family.layers:
+        for layer in loaded.model.get_submodule(family.layers[stack]) if "vision" in stack else ():
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
     images = getattr(loaded.processor, "image_processor", loaded.processor)
     # Nearest: what comes out of the resize depends on single pixels, so nothing is spread to neighbours.
     images.resample = PILImageResampling.NEAREST
     return family, loaded
 
 
+# What the tokens that cross-attention reads are called by the library.
+STATES = ("cross_attention_states", "encoder_hidden_states")
+
+
 def first_inputs(
     family: Family, loaded: LoadedModel, images: list[Image.Image]
 ) -> tuple[Batch, dict[str, Any]]:
-    """A batch, and (token, d_model) that goes into the first layer of each stack."""
+    """A batch, and (token, d_model) that goes into the first layer of each stack, and what is crossed to."""
     sample = Sample("s", tuple(images), "where is the red square ?")
     batch = prepare_batch(loaded, [sample], 0, max_new_tokens=0, texts=TokenTexts(loaded.tokenizer))
     seen = Seen()
-    with torch.no_grad(), watching(family, loaded.model, seen):
+    crossed: list[torch.Tensor] = []
+    with ExitStack() as hooks, torch.no_grad(), watching(family, loaded.model, seen):
+        for stack, layers in family.cross.items():
+            layer = loaded.model.get_submodule(family.layers[stack])[layers[0]]
+            cross = next(part for path, part in layer.named_children() if "cross" in path)
+            handle = cross.register_forward_pre_hook(
+                lambda _, args, kwargs: crossed.extend(kwargs[name] for name in STATES if name in kwargs),
+                with_kwargs=True,
+            )
+            hooks.callback(handle.remove)
         loaded.model(**batch.inputs)
-    return batch, {stack: seen.stream(stack, "resid_pre", 0) for stack in family.layers}
+    before = {stack: seen.stream(stack, "resid_pre", 0) for stack in family.layers}
+    return batch, before | ({"xk": crossed[0].flatten(0, 1).numpy()} if crossed else {})
 
 
 def test_zoo__a_pixel_moves_the_tokens_whose_boxes_hold_it(still: tuple[Family, LoadedModel]) -> None:
     family, loaded = still
     rng = np.random.default_rng(0)
-    informative = dict.fromkeys(family.layers, 0)
+    informative = dict.fromkeys([*family.layers, "xk"], 0)
     for width, height in family.sizes:
         other = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
-        images = [other, Image.fromarray(pixels)] if width == height else [Image.fromarray(pixels)]
+        two = width == height and family.most > 1
+        images = [other, Image.fromarray(pixels)] if two else [Image.fromarray(pixels)]
         batch, before = first_inputs(family, loaded, images)
         for share in (4, 4, 4, 2, 2, 2):
             side_x, side_y = width // share, height // share
@@ -401,19 +456,25 @@ def test_zoo__a_pixel_moves_the_tokens_whose_boxes_hold_it(still: tuple[Family, 
             changed[y : y + side_y, x : x + side_x] ^= 255
             _, after = first_inputs(family, loaded, [*images[:-1], Image.fromarray(changed)])
             region = (x, y, x + side_x, y + side_y)
-            for stack, columns in (("text", batch.decoder[0]), ("vision", batch.encoder[0])):
-                if stack in before:
-                    moved = np.abs(after[stack] - before[stack]).max(-1) > 0
+            for stack in before:
+                columns = batch.table("vision" if "vision" in stack else stack)[0]
+                moved = np.abs(after[stack] - before[stack]).max(-1) > 0
+                if family.placeless and stack in ("text", "qformer"):
+                    seen = columns["kind"] == KIND["image"]
+                    assert (columns["patch_row"] == -1).all()
+                    assert np.isnan(columns["box_x0"]).all()
+                    assert not moved[~seen].any()
+                    assert stack == "qformer" or moved[seen].all()
+                else:
                     certain, possible = overlapping(columns, len(images) - 1, region)
                     assert not (certain & ~moved).any(), (stack, width, height, region)
                     assert not (moved & ~possible).any(), (stack, width, height, region)
                     informative[stack] += int(certain.any())
-    # The words of two towers side by side hold no image.
-    assert min(informative[stack] for stack in family.layers if stack in seeing_stacks(loaded)) >= 6
-
-
-def seeing_stacks(loaded: LoadedModel) -> set[str]:
-    return {"vision", "text"} if loaded.model.can_generate() else {"vision"}
+    # The words of two towers side by side hold no image, and those of a model that crosses over none either.
+    placed = {stack for stack in family.layers if "vision" in stack} | ({"xk"} if family.cross else set())
+    if loaded.model.can_generate() and not family.cross:
+        placed.add("text")
+    assert min(informative[stack] for stack in placed) >= 6
 
 
 def overlapping(

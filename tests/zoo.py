@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_models import picture
 from zoo_encoders import bert, gemma2, gpt2, gpt_oss, sees_only, text_only, two_towers_clip, two_towers_siglip
 from zoo_parts import HUB, TEXT
+from zoo_queried import mllama, queried
 from zoo_vision_language import gemma3, idefics3, internvl, llava, onevision, paligemma, qwen
 
 from mechanistic.capture.dataset import Sample
@@ -24,8 +25,11 @@ from mechanistic.capture.models import LoadedModel
 class Family:
     """`layers` names the list of layers of each stack, `masks` the rules that its layers follow.
 
-    `text` is what its tokenizer must be told besides. `halves` names, by stack, the children of a layer whose
-    outputs are its two halves and the one that reads what is between; None where there is no such thing.
+    `text` is what its tokenizer must be told besides. `halves` names, by stack, or by stack and layer, the
+    children of a layer whose outputs are its two halves and the one that reads what is between; None where
+    there is no such thing. `cross` names the layers of a stack that attend to another's tokens, `own` those
+    that attend to their own, if not all do. `most` is how many images a sample has at most. The image tokens
+    of a `placeless` family have no place in the image.
     """
 
     build: Callable[[], LoadedModel]
@@ -33,11 +37,15 @@ class Family:
     masks: Mapping[str, Sequence[str]]
     sizes: Sequence[tuple[int, int]] = ((32, 32), (50, 30), (30, 70))
     text: Mapping[str, Any] = field(default_factory=dict)
-    halves: Mapping[str, tuple[str, str, str] | None] = field(default_factory=dict)
+    halves: Mapping[Any, tuple[str, str, str] | None] = field(default_factory=dict)
+    cross: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    most: int = 2
+    placeless: bool = False
 
-    def halves_of(self, stack: str) -> tuple[str, str, str] | None:
+    def halves_of(self, stack: str, layer: int | None = None) -> tuple[str, str, str] | None:
         """Those of `halves`, or the commonest."""
-        return self.halves.get(stack, ("self_attn", "mlp", ""))
+        return self.halves.get((stack, layer), self.halves.get(stack, ("self_attn", "mlp", "")))
 
     @property
     def sees(self) -> bool:
@@ -51,7 +59,7 @@ def samples(family: Family) -> tuple[Sample, ...]:
     sizes = family.sizes
 
     def images(number: int) -> tuple[Image.Image, ...]:
-        count = (1 + number % 2) if family.sees else 0
+        count = min(1 + number % 2, family.most) if family.sees else 0
         return tuple(picture(10 * number + i, *sizes[(number + i) % len(sizes)]) for i in range(count))
 
     return tuple(
@@ -66,6 +74,22 @@ def samples(family: Family) -> tuple[Sample, ...]:
             object="blue circle",
         )
         for number in range(4)
+    )
+
+
+def _queried(name: str, masks: Mapping[str, Sequence[str]]) -> Family:
+    return Family(
+        lambda: queried(name),
+        {
+            "text": "language_model.model.decoder.layers",
+            "vision": "vision_model.encoder.layers",
+            "qformer": "qformer.encoder.layer",
+        },
+        {**masks, "vision": ["per_image"]},
+        halves={"text": None, "qformer": None},
+        cross={"qformer": (0, 2)},
+        most=1,
+        placeless=True,
     )
 
 
@@ -154,6 +178,24 @@ ZOO: dict[str, Family] = {
         lambda: idefics3("SmolVLM"),
         {"text": "model.text_model.layers", "vision": "model.vision_model.encoder.layers"},
         {"text": ["causal"], "vision": ["per_image"]},
+    ),
+    "blip2": _queried("Blip2", {"text": ["causal"], "qformer": ["bidirectional"]}),
+    "instructblip": _queried("InstructBlip", {"text": ["causal"], "qformer": ["bidirectional"]}),
+    "mllama": Family(
+        mllama,
+        {
+            "text": "model.language_model.layers",
+            "vision": "model.vision_model.transformer.layers",
+            "vision_global": "model.vision_model.global_transformer.layers",
+        },
+        {"text": ["causal"], "vision": ["padded_image"], "vision_global": ["padded_image"]},
+        halves={
+            ("text", 1): ("cross_attn", "mlp", "post_attention_layernorm"),
+            "vision_global": ("self_attn", "mlp", "post_attention_layernorm"),
+        },
+        text={"add_special_tokens": False},
+        cross={"text": (1,)},
+        own={"text": (0, 2)},
     ),
     "bert": Family(bert, {"text": "bert.encoder.layer"}, {"text": ["bidirectional"]}, halves={"text": None}),
     "vit": Family(

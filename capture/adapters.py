@@ -1,0 +1,66 @@
+"""What cannot be found out about a family from its modules and configuration, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .adapter_mllama import mllama_tables
+from .adapter_qformer import blip2_tables, instructblip_tables
+from .labelled import Labelled, Tables
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A family's peculiarities; as it is made without any, a family that has none.
+
+    Attributes
+    ----------
+    roots
+        The module that holds the layers, by stack, where the model does not tell.
+    images
+        The fewest and the most images of a sample.
+    tables
+        Makes the labels of tokens that are neither the decoder's nor an image encoder's.
+    sequence
+        The labels that change where one sequence of its encoders ends and the next begins.
+    placeholders
+        Whether image features take the place of the prompt's image tokens, which else only mark where an
+        image is seen.
+    equal_images
+        Whether images that pad a batch are attended to, so that its samples must have equally many.
+    """
+
+    roots: Mapping[str, str] | None = None
+    images: tuple[int, int | None] = (0, None)
+    tables: Callable[[Any, Labelled], Tables] | None = None
+    sequence: tuple[str, ...] = ("sample_index", "image_index", "tile")
+    placeholders: bool = True
+    equal_images: bool = False
+
+
+_QFORMER = {"text": "language_model", "vision": "vision_model", "qformer": "qformer"}
+
+# By the `model_type` of the configuration.
+ADAPTERS: Mapping[str, Adapter] = {
+    "blip-2": Adapter(roots=_QFORMER, images=(1, 1), tables=blip2_tables),
+    "instructblip": Adapter(roots=_QFORMER, images=(1, 1), tables=instructblip_tables),
+    "mllama": Adapter(
+        roots={
+            "text": "model.language_model",
+            "vision": "model.vision_model.transformer",
+            "vision_global": "model.vision_model.global_transformer",
+        },
+        images=(1, None),
+        tables=mllama_tables,
+        sequence=("sample_index", "image_index"),
+        placeholders=False,
+        equal_images=True,
+    ),
+}
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of a model's family, or one that says nothing."""
+    return ADAPTERS.get(getattr(model.config, "model_type", ""), Adapter())
