@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the demo's run, without torch being asked for."""
+"""The notebooks run from top to bottom: on the demo's run without torch, or on the model itself."""
 
 from __future__ import annotations
 
