@@ -2,6 +2,7 @@
 
 # The functions are imported here, not on first use: several share the name of their module, and an attribute
 # that is looked up late would be the module once anything has imported that.
+from .ablation import ablate
 from .accuracy import accuracy
 from .apply_probe import apply_probe
 from .attention_boxes import attention_boxes
@@ -9,12 +10,14 @@ from .attention_concentration import attention_concentration
 from .attention_distance import attention_distance
 from .attention_entropy import attention_entropy
 from .attention_flow import attention_flow
+from .attention_knockout import adapt_scale, attention_knockout, scale_attention
 from .attention_mass import attention_mass
 from .attention_pattern import attention_pattern
 from .attention_relevancy import attention_relevancy
 from .attention_rollout import attention_rollout, rollout_row
 from .attention_rows import AttentionRows, RowStatistic, attention_statistics
 from .attention_sparsity import attention_sparsity
+from .attribution_patching import attribution_patching
 from .attribution_sparsity import attribution_sparsity
 from .blocks import align_blocks, map_blocks
 from .causal_tracing import causal_tracing
@@ -52,6 +55,7 @@ from .rdm import representational_dissimilarity
 from .rdm_store import open_dissimilarity
 from .sample_image import sample_image
 from .splits import sample_means, summarize, with_samples
+from .steering import steer
 from .text_hops import text_hops
 from .token_selection import select_layers, select_tokens
 from .two_hop import two_hop
@@ -59,7 +63,9 @@ from .two_hop import two_hop
 __all__ = [
     "AttentionRows",
     "RowStatistic",
+    "ablate",
     "accuracy",
+    "adapt_scale",
     "align_blocks",
     "apply_probe",
     "attention_boxes",
@@ -67,12 +73,14 @@ __all__ = [
     "attention_distance",
     "attention_entropy",
     "attention_flow",
+    "attention_knockout",
     "attention_mass",
     "attention_pattern",
     "attention_relevancy",
     "attention_rollout",
     "attention_sparsity",
     "attention_statistics",
+    "attribution_patching",
     "attribution_sparsity",
     "causal_tracing",
     "class_directions",
@@ -114,8 +122,10 @@ __all__ = [
     "rollout_row",
     "sample_image",
     "sample_means",
+    "scale_attention",
     "select_layers",
     "select_tokens",
+    "steer",
     "summarize",
     "text_hops",
     "two_hop",

@@ -121,7 +121,7 @@ def pair_trials(
         for first, other in zip(firsts, others, strict=True)
     ]
     base_trials = replace(experiment, samples=tuple(firsts)).trials(batch_size, "logit_diff", foils)
-    source_trials = replace(experiment, samples=tuple(asked)).trials(batch_size, "log_probability")
+    source_trials = replace(experiment, samples=tuple(asked)).trials(batch_size, "log_prob")
     for (where, base), (_, source) in zip(base_trials, source_trials, strict=True):
         for row, tables in enumerate(zip(base.batch.decoder, source.batch.decoder, strict=True)):
             lengths = [len(table["position"]) for table in tables]

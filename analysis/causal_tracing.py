@@ -60,7 +60,7 @@ def causal_tracing(
     places: Sequence[str | int] | None = None,
     layers: int | Sequence[int] | None = None,
     window: int = 1,
-    metric: Metric = "probability",
+    metric: Metric = "prob",
     batch_size: int = 8,
     level: float = 0.95,
     seed: int = 0,
@@ -93,7 +93,7 @@ def causal_tracing(
         Layers restored together at attn_out and mlp_out, around the one named: l - window // 2 to
         l - (-window // 2) - 1. The residual stream is restored at one layer.
     metric
-        ``"probability"`` of the right answer's first token (ROME's), ``"log_probability"``, or
+        ``"prob"`` of the right answer's first token (ROME's), ``"log_prob"``, or
         ``"logit_diff"``: its logit less the mean of the other options'.
 
     Returns

@@ -10,7 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from mechanistic.store import group
 from mechanistic.store.errors import DataError, SpecificationError
+from mechanistic.store.schema import STATUS
 
 from .intervals import bootstrap_interval
 from .token_places import default_places, place_masks, place_name
@@ -74,25 +76,48 @@ def begin(model: Any, samples: Any) -> Experiment:
 
     Raises
     ------
-    UsageError      these are no samples.
+    UsageError, DataError
+                    these are no samples, or a run without its images.
     ModelError      the model cannot be loaded, or has no decoder.
     """
     from mechanistic.capture.given import given_model, given_samples
 
     loaded = given_model(model, None, "LoadedModel(model, processor, 'mine')")
     loaded.anatomy.stack("text")
-    source = samples
+    if isinstance(samples, xr.DataTree):
+        return Experiment(loaded, *_from_run(loaded, samples))
     chosen = given_samples(samples)
-    attrs = {
+    attrs = _model_attrs(loaded) | {"n_sample": len(chosen)}
+    if hasattr(samples, "fingerprint"):
+        attrs |= {"dataset": samples.name, "dataset_hash": samples.fingerprint()}
+    return Experiment(loaded, tuple(chosen), attrs)
+
+
+def _from_run(loaded: Any, run: xr.DataTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The samples of a run that did not fail, and the attributes."""
+    from mechanistic.capture.run_samples import run_samples
+
+    status = group(run, "samples")["status"].values
+    numbers = np.flatnonzero(status == STATUS["ok"]).tolist()
+    if not numbers:
+        raise DataError("This run holds no sample that did not fail.", "Capture it with --retry-failed.")
+    dataset = run.attrs.get("dataset", {})
+    attrs = _model_attrs(loaded) | {
+        "n_sample": len(numbers),
+        "dataset": dataset.get("name", ""),
+        "dataset_hash": dataset.get("hash", ""),
+        "run_id": run.attrs.get("run_id", ""),
+    }
+    return tuple(run_samples(run, numbers)), attrs
+
+
+def _model_attrs(loaded: Any) -> dict[str, Any]:
+    return {
         "model": loaded.name,
         "model_revision": loaded.revision,
         "weights_sha256": loaded.weights_sha256,
         "dtype": loaded.dtype,
-        "n_sample": len(chosen),
     }
-    if hasattr(source, "fingerprint"):
-        attrs |= {"dataset": source.name, "dataset_hash": source.fingerprint()}
-    return Experiment(loaded, tuple(chosen), attrs)
 
 
 def chosen_layers(experiment: Experiment, layers: int | Sequence[int] | None) -> list[int]:
@@ -143,7 +168,7 @@ def places_of(experiment: Experiment, places: Sequence[str | int] | str | None) 
     if places is not None:
         return list(places)
     tables, extras = [], []
-    for _, trial in experiment.trials(8, "log_probability"):
+    for _, trial in experiment.trials(8, "log_prob"):
         tables += trial.batch.decoder
         extras += [sample.extra for sample in trial.batch.samples]
     found = default_places(tables, extras)
@@ -182,4 +207,4 @@ def with_mean(
     return result
 
 
-UNITS = {"logit_diff": "logit", "probability": "1", "log_probability": "nat"}
+UNITS = {"logit_diff": "logit", "prob": "1", "log_prob": "nat"}

@@ -43,7 +43,7 @@ def path_graph(result: xr.Dataset, *, threshold: float = 0.05) -> xr.Dataset:
     order = np.argsort(-values[at, to], kind="stable")
     at, to = at[order], to[order]
     heads = int(result.attrs.get("heads_per_key_head", 1))
-    names = [_target(result, place, heads) for place in to]
+    names = [_target(result, int(place), heads) for place in to]
     sources = result["sender"].values[at].astype(str)
     layers = {
         str(name): int(layer) for name, layer in zip(sources, result["sender_layer"].values[at], strict=True)

@@ -22,7 +22,7 @@ from .prompts import Inputs
 from .residual import Halves, LayerProbe
 from .token_table import TokenTexts
 
-Metric = Literal["logit_diff", "probability", "log_probability"]
+Metric = Literal["logit_diff", "prob", "log_prob"]
 
 # Share of a layer's largest value by which two children may miss adding up to it, by dtype.
 _TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
@@ -93,7 +93,7 @@ class Trial:
         right = self.answers.options.gather(1, self.answers.right[:, None]).expand(len(logits), -1, -1)
         if metric != "logit_diff":
             chosen = logits.log_softmax(-1).gather(-1, right)[..., 0]
-            return chosen if metric == "log_probability" else chosen.exp()
+            return chosen if metric == "log_prob" else chosen.exp()
         options = self.option_logits(logits)
         others = _foil_weights(self.answers)
         return logits.gather(-1, right)[..., 0] - (options.nan_to_num() * others).sum(-1)
@@ -219,7 +219,7 @@ def _answer_tokens(
         if compared and len(own) < 2:
             raise DataError(
                 f"Sample {sample.sample_id!r} has no other option than its answer {sample.answer!r}.",
-                "Give its options, or choose metric='log_probability'.",
+                "Give its options, or choose metric='log_prob'.",
             )
         words.append(own)
         right.append(own.index(sample.answer))

@@ -122,7 +122,7 @@ def test_causal_tracing__is_the_papers_definition(corrupt: str, window: int) -> 
     "how",
     [
         {"corruption": "mean", "corrupt": "subject", "metric": "logit_diff"},
-        {"noise_scale": 0.01, "corrupt": f"@{AT_COLOUR}", "metric": "probability"},
+        {"noise_scale": 0.01, "corrupt": f"@{AT_COLOUR}", "metric": "prob"},
     ],
 )
 def test_causal_tracing__names_the_planted_head_and_position(how: dict[str, Any]) -> None:

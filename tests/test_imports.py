@@ -24,6 +24,7 @@ MAY_CALL_CAPTURE = {
     "analysis/experiment.py",
     "analysis/gradcam.py",
     "analysis/integrated_gradients.py",
+    "analysis/intervention_sweep.py",
     "analysis/path_patching.py",
     "analysis/steering.py",
 }

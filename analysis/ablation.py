@@ -1,0 +1,223 @@
+"""Ablation: what the answer loses when a head, a half or a layer says nothing, the average, or another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from mechanistic.store.errors import DataError, SpecificationError
+
+from .experiment import Experiment, begin, chosen_heads, chosen_layers, trial_masks
+from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
+from .token_places import place_name
+
+if TYPE_CHECKING:
+    from mechanistic.capture.trial import Metric, Trial
+
+Method = Literal["mean", "zero", "resample"]
+SITES = ("z", "attn_out", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    site: str
+    method: Method
+    layers: tuple[int, ...]
+    place: str | int
+    metric: Metric
+    seed: int
+
+    @property
+    def sites(self) -> list[tuple[int, str]]:
+        return [(layer, self.site) for layer in self.layers]
+
+
+States = dict[tuple[int, str], Any]
+
+
+def ablate(
+    samples: Any,
+    model: Any,
+    *,
+    site: str = "z",
+    method: Method = "mean",
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | None = None,
+    place: str | int = "all",
+    metric: Metric = "logit_diff",
+    batch_size: int = 8,
+    level: float = 0.95,
+    seed: int = 0,
+    quiet: bool = False,
+) -> xr.Dataset:
+    """Change of the answer when one component at a time is replaced at some tokens.
+
+    Parameters
+    ----------
+    samples, model
+        As in `causal_tracing`.
+    site
+        z (head by head), attn_out, mlp_out, resid_post.
+    method
+        ``"zero"``; ``"mean"``: the mean over samples, token by token where they correspond, that is where
+        every sample has as many tokens at `place`; ``"resample"``: what another sample of the dataset has
+        there, chosen by `seed`, never the sample itself.
+    heads
+        Of z only.
+    place
+        The tokens at which it is replaced, see `causal_tracing`; everywhere by default.
+    metric
+        ``"logit_diff"``: the right answer's logit less the mean of the other options';
+        ``"log_prob"`` or ``"prob"`` of its first token.
+
+    Returns
+    -------
+    clean (sample), ablated (sample, layer[, head]), effect = ablated - clean, float64, units of the metric.
+    mean_effect (layer[, head]), with _low and _high: bootstrap over samples, minimal-pair sets together.
+    clean_accuracy (), accuracy (layer[, head]), float64: share of samples whose right option has the highest
+        logit; NaN without options. repaired, broken (layer[, head]), int64: samples that became right or
+        wrong.
+
+    Raises
+    ------
+    SpecificationError  a site, method, metric, layer, head or place that does not exist.
+    DataError           samples with different numbers of tokens there, for mean and resample; one sample
+                        only; or as in `causal_tracing`.
+
+    References
+    ----------
+    Chan et al. (2022), Causal scrubbing (resampling). Wang et al. (2022), arXiv:2211.00593 (mean ablation).
+    """
+    experiment = begin(model, samples)
+    if site not in SITES or method not in get_args(Method):
+        raise SpecificationError(
+            f"There is no ablation of '{site}' by '{method}'.",
+            f"Sites are {', '.join(SITES)}; methods {', '.join(get_args(Method))}.",
+        )
+    if heads is not None and site != "z":
+        raise SpecificationError(f"The site '{site}' has no heads.", "Choose site='z', or leave heads out.")
+    if method != "zero" and len(experiment.samples) < 2:
+        raise DataError(
+            f"There is one sample only, and '{method}' ablation takes from others.",
+            "Give more samples, or method='zero'.",
+        )
+    how = Measuring(metric, batch_size, level, seed, quiet)
+    plan = _Plan(site, method, tuple(chosen_layers(experiment, layers)), place, metric, seed)
+    coords: dict[str, Any] = {"layer": np.array(plan.layers, np.int32)}
+    chosen = chosen_heads(experiment, heads)
+    if site == "z":
+        coords["head"] = np.array(chosen, np.int32)
+    states = _states(experiment, plan, batch_size)
+
+    def edits(where: slice, trial: Trial) -> Edits:
+        import torch
+
+        from mechanistic.capture.interventions import Edit
+        from mechanistic.capture.trial import put_back
+
+        mask = torch.from_numpy(trial_masks(trial, [place])[0])
+        values = states(where, trial)
+
+        def of(index: tuple[int, ...]) -> list[Any]:
+            name = plan.sites[index[0]]
+            head = chosen[index[1]] if site == "z" else None
+            return [Edit("text", *name, put_back(values[name], mask, head=head))]
+
+        return of
+
+    result = intervention_sweep(experiment, InterventionGrid("ablated", coords, edits), how)
+    return result.assign_attrs(analysis="ablate", site=site, method=method, place=place_name(place))
+
+
+def _states(experiment: Experiment, plan: _Plan, batch_size: int) -> Callable[[slice, Trial], States]:
+    """What is put in place of each component of a batch: (sample, token, ...) by (layer, site)."""
+    import torch
+
+    if plan.method == "zero":
+        return lambda _, trial: {name: _zeros(trial, plan) for name in plan.sites}
+    means = _means(experiment, plan, batch_size) if plan.method == "mean" else {}
+    donors = _donors(len(experiment.samples), plan.seed)
+
+    def states(where: slice, trial: Trial) -> States:
+        rows = means or _of_donors(experiment, plan, donors[where], trial)
+        mask = torch.from_numpy(trial_masks(trial, [plan.place])[0])
+        return {name: _spread(values, mask) for name, values in rows.items()}
+
+    return states
+
+
+def _of_donors(experiment: Experiment, plan: _Plan, donors: NDArray[np.int64], trial: Trial) -> States:
+    others = replace(experiment, samples=tuple(experiment.samples[number] for number in donors))
+    ((_, other),) = others.trials(len(donors), plan.metric)
+    count = _count(trial, plan)
+    _require_count(trial, plan, count)
+    return _selected(other, plan, count)
+
+
+def _donors(size: int, seed: int) -> NDArray[np.int64]:
+    """A number for each sample, each once, none its own."""
+    order = np.random.default_rng(seed).permutation(size)
+    donors = np.empty(size, np.int64)
+    # Each takes from the next in a random circle.
+    donors[order] = np.roll(order, -1)
+    return donors
+
+
+def _zeros(trial: Trial, plan: _Plan) -> Any:
+    import torch
+
+    stack = trial.loaded.anatomy.stack("text")
+    shape = (stack.heads, stack.head_width) if plan.site == "z" else (stack.width,)
+    return torch.zeros(trial.size, trial.width, *shape)
+
+
+def _means(experiment: Experiment, plan: _Plan, batch_size: int) -> States:
+    """Mean over samples of each chosen token, (1, chosen token, ...)."""
+    import torch
+
+    sums: States = {}
+    count: int | None = None
+    with torch.no_grad():
+        for _, trial in experiment.trials(batch_size, plan.metric):
+            count = _count(trial, plan) if count is None else count
+            for name, rows in _selected(trial, plan, count).items():
+                sums[name] = sums.get(name, 0) + rows.double().sum(0, keepdim=True)
+    return {name: total / len(experiment.samples) for name, total in sums.items()}
+
+
+def _count(trial: Trial, plan: _Plan) -> int:
+    return int(trial_masks(trial, [plan.place])[0, 0].sum())
+
+
+def _selected(trial: Trial, plan: _Plan, count: int) -> States:
+    """The chosen tokens of each site, (sample, chosen token, ...). Raises like `_require_count`."""
+    import torch
+
+    _require_count(trial, plan, count)
+    where = torch.from_numpy(trial_masks(trial, [plan.place])[0])
+    seen, _ = trial.read(plan.sites)
+    return {name: each[where.to(each.device)].unflatten(0, (-1, count)) for name, each in seen.items()}
+
+
+def _require_count(trial: Trial, plan: _Plan, count: int) -> None:
+    """DataError unless every sample has `count` tokens at the place."""
+    for row, found in enumerate(trial_masks(trial, [plan.place])[0].sum(1)):
+        if found != count:
+            raise DataError(
+                f"Sample {trial.batch.samples[row].sample_id!r} has {found} tokens at "
+                f"'{place_name(plan.place)}', others {count}: they do not correspond.",
+                "Choose place='last' or another one of equal length, or method='zero'.",
+            )
+
+
+def _spread(rows: Any, mask: Any) -> Any:
+    """Rows (sample or 1, chosen token, ...) at the chosen tokens of (sample, token, ...), 0 elsewhere."""
+    rows = rows.expand(len(mask), *rows.shape[1:])
+    whole = rows.new_zeros(*mask.shape, *rows.shape[2:])
+    whole[mask.to(rows.device)] = rows.flatten(0, 1)
+    return whole
