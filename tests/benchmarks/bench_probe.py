@@ -23,7 +23,7 @@ import xarray as xr
 
 from mechanistic.analysis.linear_probe import linear_probe
 
-ROWS, FEATURES, LAYERS, RUNS = 4000, 1024, 3, 2
+ROWS, FEATURES, LAYERS, RUNS = 4000, 1024, 8, 2
 TARGET = 10
 
 
