@@ -31,7 +31,8 @@ def attention_relevancy(
 
     A_l = mean over heads of max(0, dF / dA_lh * A_lh), with the weights A_lh of layer l and head h, and F a
     logit at the last prompt token or the difference of two. Image tokens are among the decoder's tokens, so
-    that their part of a row is the cross-modal one. Weights and gradients are exact whatever kernel the model
+    that their part of a row is the cross-modal one; where the decoder reads them by cross-attention instead
+    (Mllama), they stand behind its own tokens. Weights and gradients are exact whatever kernel the model
     attends with; only the rows that are asked for are multiplied.
 
     Parameters
@@ -62,9 +63,9 @@ def attention_relevancy(
     Chefer, Gur and Wolf (2021), Generic Attention-model Explainability for Interpreting Bi-Modal and
     Encoder-Decoder Transformers.
     """
-    from mechanistic.capture.asked import ask
     from mechanistic.capture.given import given_model, given_samples
-    from mechanistic.capture.relevancy import relevancy_rows
+    from mechanistic.capture.relevancy import relevancy_labels, relevancy_rows
+    from mechanistic.capture.targeted_sample import target_sample
 
     if rows not in ("last", "words"):
         raise SpecificationError(f"There are no rows {rows!r}.", "Choose rows='last' or rows='words'.")
@@ -76,10 +77,10 @@ def attention_relevancy(
         )
     labels, values, targets, scores = [], [], [], []
     for place, sample in enumerate(given):
-        asked = ask(loaded, sample, place, target)
+        asked = target_sample(loaded, sample, place, target)
         wanted = list(asked.words.values()) if rows == "words" else [np.asarray(asked.batch.last_prompt)]
         found, score = relevancy_rows(asked, wanted, layer)
-        labels.append(asked.labelled_tokens)
+        labels.append(relevancy_labels(asked))
         values.append(found)
         targets.append(asked.target.name)
         scores.append(score)

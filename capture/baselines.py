@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mechanistic.store.errors import SpecificationError
 
-from .asked import Asked
 from .pixel_canvases import Canvases
+from .targeted_sample import TargetedSample
 from .token_table import Columns
 
 Baseline = Literal["zero", "mean", "blurred"]
@@ -47,10 +47,18 @@ def pixel_baseline(values: Tensor, canvases: Canvases, baseline: Baseline, blur:
 def image_baseline(values: Tensor, tokens: Columns, baseline: Baseline, blur: float) -> Tensor:
     """The baseline of a sample's image embeddings (token, d_model), whose labels are `tokens`.
 
-    Tokens that stand for no patch, such as LLaVA-NeXT's newlines, stay as they are under mean and blurred.
+    Tokens that stand for no patch, such as LLaVA-NeXT's newlines, stay as they are under mean and blurred;
+    where none does, as behind a Q-Former, they have a mean, but no neighbours.
     """
     if baseline == "zero":
         return torch.zeros_like(values, dtype=torch.float32)
+    if not (tokens["patch_row"] >= 0).any():
+        if baseline == "blurred":
+            raise SpecificationError(
+                "The image tokens of this model have no place in the image, so they cannot be blurred.",
+                "Choose baseline='mean', or to='pixels'.",
+            )
+        return values.float().mean(0).expand(values.shape)
     new = values.detach().float().cpu().numpy().copy()
     places = np.stack([tokens["image_index"], tokens["tile"]], axis=1)
     for place in np.unique(places[tokens["patch_row"] >= 0], axis=0):
@@ -66,7 +74,7 @@ def image_baseline(values: Tensor, tokens: Columns, baseline: Baseline, blur: fl
     return torch.from_numpy(new).to(values.device)
 
 
-def word_baseline(asked: Asked, values: Tensor, baseline: Baseline) -> Tensor:
+def word_baseline(asked: TargetedSample, values: Tensor, baseline: Baseline) -> Tensor:
     """The baseline of word embeddings (token, d_model); the mean is over the model's whole vocabulary."""
     if baseline == "blurred":
         raise SpecificationError(

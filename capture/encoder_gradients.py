@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mechanistic.store.errors import CaptureError, DataError, SpecificationError
 
-from .asked import Asked, ask, frozen
 from .dataset import Sample
 from .models import LoadedModel
 from .residual import first_tensor
+from .targeted_sample import TargetedSample, frozen, target_sample
 from .token_table import Columns
 
 
@@ -46,7 +46,7 @@ def encoder_layer(
     DataError             the answer does not depend on the patches of the layer, or of any.
     CaptureError          the sample has no image, or the layers give tokens that are not labelled.
     """
-    asked = ask(loaded, sample, sample_index, target)
+    asked = target_sample(loaded, sample, sample_index, target)
     if "vision" not in loaded.anatomy.stacks or "pixel_values" not in asked.inputs:
         raise CaptureError(
             "There is no image encoder, or the sample has no image for it.",
@@ -80,7 +80,7 @@ def encoder_layer(
     )
 
 
-def _outputs(asked: Asked) -> tuple[list[list[Tensor]], Tensor]:
+def _outputs(asked: TargetedSample) -> tuple[list[list[Tensor]], Tensor]:
     """The outputs of each layer, in the order of its calls, and the target; all in one graph."""
     stack = asked.loaded.anatomy.stack("vision")
     outputs: list[list[Tensor]] = [[] for _ in stack.layers]
@@ -98,7 +98,7 @@ def _outputs(asked: Asked) -> tuple[list[list[Tensor]], Tensor]:
 
 
 def _rows(
-    asked: Asked, layer: int, parts: list[Tensor | None] | list[Tensor], like: list[Tensor]
+    asked: TargetedSample, layer: int, parts: list[Tensor | None] | list[Tensor], like: list[Tensor]
 ) -> NDArray[np.float32]:
     """Tensors of one layer as rows in the order of the encoder's token table; zeros where there is none."""
     width = asked.loaded.anatomy.stack("vision").width

@@ -14,12 +14,12 @@ from torch import Tensor
 from mechanistic.store.errors import CaptureError, SpecificationError
 from mechanistic.store.schema import KIND
 
-from .asked import Asked, ask, frozen
 from .baselines import Baseline, check_baseline, image_baseline, pixel_baseline, word_baseline
 from .dataset import Sample
 from .decoder_inputs import DecoderInputs, changed_decoder_inputs
 from .models import LoadedModel
 from .pixel_canvases import canvases_of
+from .targeted_sample import TargetedSample, frozen, target_sample
 from .token_table import Columns
 
 To = Literal["pixels", "image_embeddings", "token_embeddings"]
@@ -74,13 +74,13 @@ class PathIntegral:
 def path_integral(
     loaded: LoadedModel, sample: Sample, sample_index: int, target: Any, path: Path
 ) -> PathIntegral:
-    """Integrated gradients of one sample; raises as `ask`, and CaptureError with nothing to reach."""
-    asked = ask(loaded, sample, sample_index, target)
+    """Integrated gradients of one sample; raises as `target_sample`, and CaptureError if nothing is reached."""
+    asked = target_sample(loaded, sample, sample_index, target)
     with frozen(loaded.model):
         return _to_pixels(asked, path) if path.to == "pixels" else _to_embeddings(asked, path)
 
 
-def _to_pixels(asked: Asked, path: Path) -> PathIntegral:
+def _to_pixels(asked: TargetedSample, path: Path) -> PathIntegral:
     canvases = canvases_of(asked)
     values = asked.inputs["pixel_values"]
     if path.baseline == "zero" and "pixel_attention_mask" in asked.inputs:
@@ -107,7 +107,7 @@ def _to_pixels(asked: Asked, path: Path) -> PathIntegral:
     )
 
 
-def _to_embeddings(asked: Asked, path: Path) -> PathIntegral:
+def _to_embeddings(asked: TargetedSample, path: Path) -> PathIntegral:
     if not asked.loaded.model.can_generate():
         raise CaptureError(
             f"{type(asked.loaded.model).__name__} has no decoder that could be given other embeddings.",
@@ -116,11 +116,8 @@ def _to_embeddings(asked: Asked, path: Path) -> PathIntegral:
     kind = "image" if path.to == "image_embeddings" else "text"
     chosen = np.flatnonzero(asked.tokens["kind"] == KIND[kind])
     if not len(chosen):
-        raise CaptureError(
-            "The sample has no image tokens." if kind == "image" else "The question has no words.",
-            f"Choose another to= than {path.to!r}, or give "
-            + ("an image." if kind == "image" else "a question."),
-        )
+        what = "There are no image tokens among the words" if kind == "image" else "The question has no words"
+        raise CaptureError(f"{what}, so there is nothing to attribute to.", f"Choose another to={path.to!r}.")
     labels = {name: values[chosen] for name, values in asked.labelled_tokens.items()}
     own = _own_inputs(asked)
     place = torch.from_numpy(chosen).to(own.embeddings.device)
@@ -150,7 +147,7 @@ def _to_embeddings(asked: Asked, path: Path) -> PathIntegral:
     return PathIntegral(values, labels, asked.target.name, *ends, total)
 
 
-def _own_inputs(asked: Asked) -> DecoderInputs:
+def _own_inputs(asked: TargetedSample) -> DecoderInputs:
     """What the decoder is given of the sample as it is."""
     seen: list[DecoderInputs] = []
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mechanistic.store.errors import CaptureError, ModelError
 
-from .asked import Asked
 from .coordinates_square import vision_config
+from .targeted_sample import TargetedSample
 
 Array = NDArray[np.float32]
 
@@ -73,10 +73,13 @@ class Canvases:
     def _indices(self) -> list[tuple[int, ...]]:
         if len(self.shape) == 4:
             return [(number,) for number in range(len(self.places))]
-        if self.shape[0] == 1:
-            return [(0, number) for number in range(len(self.places))]
         images = [image for image, _ in self.places]
-        return [(image, images[:number].count(image)) for number, image in enumerate(images)]
+        nested: list[tuple[int, ...]] = [
+            (image, images[:number].count(image)) for number, image in enumerate(images)
+        ]
+        if len(self.shape) == 6:
+            return [(0, *place) for place in nested]
+        return [(0, number) for number in range(len(self.places))] if self.shape[0] == 1 else nested
 
     def _picture(self, rows: Array, height: int, width: int) -> Array:
         m, p = self.merge, self.patch
@@ -91,7 +94,7 @@ class Canvases:
         return np.repeat(rows, self.frames, axis=5).reshape(height * width, -1)
 
 
-def canvases_of(asked: Asked) -> Canvases:
+def canvases_of(asked: TargetedSample) -> Canvases:
     """The canvases of a sample.
 
     Raises
@@ -118,7 +121,7 @@ def canvases_of(asked: Asked) -> Canvases:
     else:
         found = Canvases(tuple(values.shape), places, patch)
         held = int(np.prod(values.shape[:-3]))
-        fits = values.ndim in (4, 5) and len(places) <= held and values.shape[-3] == 3
+        fits = values.ndim in (4, 5, 6) and len(places) <= held and values.shape[-3] == 3
     if not fits:
         raise CaptureError(
             f"The model reads pixels of the shape {tuple(values.shape)} for {len(places)} images or tiles.",

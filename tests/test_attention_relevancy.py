@@ -17,7 +17,7 @@ from zoo import samples as zoo_samples
 
 from mechanistic.analysis import attention_relevancy
 from mechanistic.capture import LoadedModel, Shapes, load_model
-from mechanistic.capture.asked import Asked, ask
+from mechanistic.capture.targeted_sample import TargetedSample, target_sample
 from mechanistic.store.errors import CaptureError, ModelError, SpecificationError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -34,7 +34,7 @@ def test_attention_relevancy__by_hand() -> None:
     # One of four heads: A = 1 / T, dF / dA = 2 * brightness; on the diagonal the 1 of I besides.
     sample, brightness = bright_sample()
     model = one_patch()
-    total = len(ask(model, sample, 0, None).tokens["position"])
+    total = len(target_sample(model, sample, 0, None).tokens["position"])
     found = attention_relevancy(model, sample, target=("left", "right"))
     expected = np.zeros(total)
     expected[found["patch_row"].values >= 0] = np.maximum(0, 2 * brightness) / total / 4
@@ -50,41 +50,47 @@ def test_attention_relevancy__names_the_one_patch_that_matters() -> None:
     assert image[42] / image.sum() > 0.999
 
 
-def authors(asked: Asked) -> NDArray[Any]:
+def authors(asked: TargetedSample) -> NDArray[Any]:
     """R (query, key) by the rule for self-attention of Chefer et al., from the library's eager attention."""
     model = asked.loaded.model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         output = model(**asked.inputs, output_attentions=True, use_cache=False)
+        attentions = getattr(output, "language_model_outputs", output).attentions
         logits = output.logits[:, int(asked.batch.last_prompt[0])]
-        gradients = torch.autograd.grad(asked.target.of(logits)[0], output.attentions)
+        gradients = torch.autograd.grad(asked.target.of(logits)[0], attentions)
     finally:
         if before != "eager":
             model.set_attn_implementation(before)
-    relevancy = torch.eye(output.attentions[0].shape[-1])
-    for attention, gradient in zip(output.attentions, gradients, strict=True):
-        mean = (gradient * attention).clamp(min=0).mean(1)[0]
+    width = attentions[0].shape[-1]
+    others = next((each.shape[-1] for each in attentions if each.shape[-1] != width), 0)
+    relevancy = torch.eye(width + others)
+    for attention, gradient in zip(attentions, gradients, strict=True):
+        mean = torch.zeros(relevancy.shape)
+        keys = slice(width) if attention.shape[-1] == width else slice(width, None)
+        mean[:width, keys] = (gradient * attention).clamp(min=0).mean(1)[0]
         relevancy = relevancy + mean @ relevancy
-    return np.asarray(relevancy.detach())
+    return np.asarray(relevancy[:width].detach())
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_attention_relevancy__is_its_authors_rule_in_every_family(name: str) -> None:
     family = ZOO[name]
     model, sample = family.build(), zoo_samples(family)[1]
-    expected = authors(ask(model, sample, 0, None))
+    expected = authors(target_sample(model, sample, 0, None))
     found = attention_relevancy(model, sample)
     np.testing.assert_allclose(found["attention_relevancy"], expected[-1], rtol=0, atol=1e-5)
     words = attention_relevancy(model, sample, rows="words")
     within = words["in_word"].values
     for word in ("red", "circle"):
-        rows = expected[within == word].mean(0)
+        rows = expected[np.flatnonzero(within == word)].mean(0)
         np.testing.assert_allclose(words["attention_relevancy"].sel(word=word), rows, rtol=0, atol=1e-5)
+    assert len(found["patch_row"]) == expected.shape[1]
     if family.sees:
         image = found.isel(token=found["kind"].values == 1)
         assert (image["attention_relevancy"] > 0).any()
-        assert np.isfinite(image["box_x0"]).any()
+        assert np.isfinite(image["box_x0"]).any() != family.placeless
 
 
 def test_attention_relevancy__of_some_layers(loaded: LoadedModel) -> None:

@@ -20,7 +20,7 @@ from zoo_parts import HALF, HUB, clip
 
 from mechanistic.analysis import gradcam
 from mechanistic.capture import LoadedModel
-from mechanistic.capture.asked import Asked, ask
+from mechanistic.capture.targeted_sample import TargetedSample, target_sample
 from mechanistic.store.errors import CaptureError, DataError, SpecificationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -35,7 +35,7 @@ def test_gradcam__by_hand() -> None:
     # dF / dA is 2 / T for the brightness of each patch, and 0 for every other channel.
     sample, brightness = bright_sample()
     model = one_patch()
-    total = len(ask(model, sample, 0, None).tokens["position"])
+    total = len(target_sample(model, sample, 0, None).tokens["position"])
     for target, sign in ((("left", "right"), 1), (("right", "left"), -1)):
         found = gradcam(model, sample, target=target)
         expected = sign * 2 / total * brightness
@@ -64,7 +64,7 @@ class Grid(nn.Module):
         return patches
 
 
-def captums(asked: Asked, layer: nn.Module, ahead: int) -> NDArray[Any]:
+def captums(asked: TargetedSample, layer: nn.Module, ahead: int) -> NDArray[Any]:
     """captum's LayerGradCam of an encoder layer, its patches put through `Grid`; (image * patch,)."""
     grid = Grid()
 
@@ -99,7 +99,7 @@ def test_gradcam__is_captums(name: str, path: str, ahead: int) -> None:
     family = ZOO[name]
     model = family.build()
     sample = zoo_samples(family)[0 if name in ("clip", "siglip") else 1]
-    reference = captums(ask(model, sample, 0, None), model.model.get_submodule(path), ahead)
+    reference = captums(target_sample(model, sample, 0, None), model.model.get_submodule(path), ahead)
     found = gradcam(model, sample)
     assert reference.any()
     np.testing.assert_allclose(found["gradcam"], reference, rtol=0, atol=1e-6 * reference.max() + 1e-9)
@@ -125,7 +125,7 @@ def test_gradcam__labels_every_patch_of_every_tile(name: str) -> None:
     family = ZOO[name]
     model, sample = family.build(), zoo_samples(family)[0 if name in ("clip", "siglip") else 1]
     found = gradcam(model, sample)
-    table = ask(model, sample, 0, None).patches
+    table = target_sample(model, sample, 0, None).patches
     patches = table["patch_row"] >= 0
     for label in ("image_index", "tile", "patch_row", "patch_col", "box_x0", "box_y1"):
         np.testing.assert_array_equal(found[label], table[label][patches])

@@ -17,8 +17,8 @@ from zoo import samples as zoo_samples
 
 from mechanistic.analysis import integrated_gradients
 from mechanistic.capture import LoadedModel, Sample, Shapes, load_model
-from mechanistic.capture.asked import ask
 from mechanistic.capture.pixel_canvases import canvases_of
+from mechanistic.capture.targeted_sample import target_sample
 from mechanistic.capture.train_architecture import PAD, VOCABULARY
 from mechanistic.store.errors import CaptureError, ModelError, SpecificationError, UsageError
 
@@ -40,7 +40,7 @@ def test_integrated_gradients__by_hand(to: Any, baseline: Any) -> None:
     sample, brightness = bright_sample()
     found = integrated_gradients(one_patch(), sample, to=to, baseline=baseline, steps=3)
     start = 0.0 if baseline == "zero" else brightness.mean()
-    total = len(ask(one_patch(), sample, 0, None).tokens["position"])
+    total = len(target_sample(one_patch(), sample, 0, None).tokens["position"])
     sign = 1 if found.target == "left - right" else -1
     here = found.isel({found["integrated_gradients"].dims[0]: found["patch_row"].values >= 0})
     expected = sign * 2 / total * (brightness - start)
@@ -62,7 +62,7 @@ def test_integrated_gradients__names_the_one_patch_that_matters(to: Any, share: 
 
 def test_integrated_gradients__to_pixels_is_captum_on_a_plain_forward(loaded: LoadedModel) -> None:
     sample = samples(1)[0]
-    inputs = ask(loaded, sample, 0, None).inputs
+    inputs = target_sample(loaded, sample, 0, None).inputs
     left, right = VOCABULARY["left"], VOCABULARY["right"]
 
     def difference(pixels: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def test_integrated_gradients__to_pixels_is_captum_on_a_plain_forward(loaded: Lo
 
 def test_integrated_gradients__to_image_embeddings_is_captum_on_given_embeddings(loaded: LoadedModel) -> None:
     sample = samples(1)[0]
-    inputs = ask(loaded, sample, 0, None).inputs
+    inputs = target_sample(loaded, sample, 0, None).inputs
     image = inputs["input_ids"][0] == loaded.anatomy.image_token_id
     with torch.no_grad():
         words = loaded.model.get_input_embeddings()(inputs["input_ids"])
@@ -112,7 +112,7 @@ def test_integrated_gradients__to_words_is_captum_on_the_embedding_layer() -> No
     with torch.no_grad():
         loaded.model.get_input_embeddings().weight[PAD] = 0
     sample = zoo_samples(ZOO["qwen2"])[0]
-    asked = ask(loaded, sample, 0, None)
+    asked = target_sample(loaded, sample, 0, None)
     ids = asked.inputs["input_ids"]
     question = asked.tokens["kind"] == 0
     blank = ids.clone()
@@ -137,7 +137,7 @@ def test_integrated_gradients__is_complete_in_every_family(name: str) -> None:
     loaded = family.build()
     sample = zoo_samples(family)[0 if name in ("clip", "siglip") else 1]
     if name in WRITES:
-        inputs = ask(loaded, sample, 0, None).inputs
+        inputs = target_sample(loaded, sample, 0, None).inputs
         with torch.no_grad():
             logits = loaded.model(**inputs).logits[0, -1]
         answers = logits[[VOCABULARY["left"], VOCABULARY["right"]]]
@@ -149,18 +149,25 @@ def test_integrated_gradients__is_complete_in_every_family(name: str) -> None:
     for to in ("pixels", "image_embeddings") if name in SEES else ():
         if to == "image_embeddings" and name not in WRITES:
             continue
-        found = integrated_gradients(loaded, sample, to=to, baseline="blurred", steps=24)  # type: ignore[arg-type]
+        placed = to == "pixels" or not family.placeless
+        if to == "image_embeddings" and family.cross.get("text"):
+            with pytest.raises(CaptureError, match="no image tokens among the words"):
+                integrated_gradients(loaded, sample)
+            continue
+        baseline = "blurred" if placed else "mean"
+        found = integrated_gradients(loaded, sample, to=to, baseline=baseline, steps=24)  # type: ignore[arg-type]
         np.testing.assert_allclose(found["completeness_gap"], 0, atol=2e-4)
         assert (found["integrated_gradients"] != 0).any()
-        here = found["patch_row"].values >= 0
+        here = found["image_index"].values >= 0
         assert set(found["image_index"].values[here]) == set(range(len(sample.images)))
+        assert (found["patch_row"].values[here] >= 0).any() == placed
 
 
 @pytest.mark.parametrize("name", SEES)
 def test_integrated_gradients__pixels_are_pictures_again(name: str) -> None:
     family = ZOO[name]
     sample = zoo_samples(family)[0 if name in ("clip", "siglip") else 1]
-    asked = ask(family.build(), sample, 0, None)
+    asked = target_sample(family.build(), sample, 0, None)
     values, canvases = asked.inputs["pixel_values"], canvases_of(asked)
     same = canvases.replaced(values, lambda canvas: canvas)
     torch.testing.assert_close(same, values.float(), rtol=0, atol=1e-6)
@@ -181,7 +188,7 @@ def test_integrated_gradients__pixels_are_pictures_again(name: str) -> None:
 def test_integrated_gradients__qwens_patches_are_the_picture(name: str) -> None:
     image = picture(3, 48, 32)
     sample = Sample(sample_id="one", images=(image,), question="where is the red square ?")
-    asked = ask(ZOO[name].build(), sample, 0, None)
+    asked = target_sample(ZOO[name].build(), sample, 0, None)
     canvases = canvases_of(asked)
     [canvas] = canvases.split(asked.inputs["pixel_values"])
     expected = (np.asarray(image, np.float32) / 255 - 0.5) / 0.5
@@ -264,7 +271,7 @@ def test_integrated_gradients__says_what_is_wrong(loaded: LoadedModel) -> None:
         with pytest.raises(SpecificationError, match=match):
             integrated_gradients(loaded, sample, **wrong)  # type: ignore[arg-type]
     blind = Sample(sample_id="blind", images=(), question="where is the red square ?")
-    with pytest.raises(CaptureError, match="no image tokens"):
+    with pytest.raises(CaptureError, match="no image tokens among the words"):
         integrated_gradients(loaded, blind)
     with pytest.raises(CaptureError, match="no pixels to attribute to"):
         integrated_gradients(loaded, blind, to="pixels")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from mechanistic.capture.asked import ask
 from mechanistic.capture.dataset import Sample
 from mechanistic.capture.models import LoadedModel, hash_parameters
 from mechanistic.capture.tap import attention_configs
+from mechanistic.capture.targeted_sample import target_sample
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def unchanged(loaded: LoadedModel, sample: Sample) -> Iterator[None]:
 
 def _state(loaded: LoadedModel, sample: Sample) -> dict[str, Any]:
     model = loaded.model
-    asked = ask(loaded, sample, 0, None)
+    asked = target_sample(loaded, sample, 0, None)
     with torch.no_grad():
         answer = model(**asked.inputs).logits
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")

@@ -27,7 +27,7 @@ from .token_table import Columns, TokenTexts
 
 
 @dataclass(frozen=True)
-class Asked:
+class TargetedSample:
     """One sample's batch, its inputs on the model's device, and the number that is explained."""
 
     loaded: LoadedModel
@@ -71,7 +71,7 @@ class Asked:
         return self.target.of(_logits(self.loaded.model, inputs, int(self.batch.last_prompt[0])))
 
 
-def ask(loaded: LoadedModel, sample: Sample, sample_index: int, target: Target) -> Asked:
+def target_sample(loaded: LoadedModel, sample: Sample, sample_index: int, target: Target) -> TargetedSample:
     """Prompt and encode a sample, run it once as it is, and find the target in its logits.
 
     Raises
@@ -90,7 +90,7 @@ def ask(loaded: LoadedModel, sample: Sample, sample_index: int, target: Target) 
     inputs = to_device(batch.inputs, loaded.model)
     with torch.no_grad():
         logits = _logits(loaded.model, inputs, int(batch.last_prompt[0]))
-    return Asked(loaded, batch, inputs, _target(loaded, batch, logits[0], sample, target))
+    return TargetedSample(loaded, batch, inputs, _target(loaded, batch, logits[0], sample, target))
 
 
 def _target(
