@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .asked import frozen
 from .interventions import Edit
+from .targeted_sample import frozen
 from .trial import Metric, Trial
 
 
