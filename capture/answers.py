@@ -36,7 +36,7 @@ def generate_answers(model: nn.Module, tokenizer: Any, inputs: Inputs, limit: in
         return [[] for _ in range(rows)]
     on_device = to_device(pad_left(inputs), model)
     generator: Any = model
-    ends = _end_ids(generator, tokenizer)
+    ends = end_ids(generator, tokenizer)
     with torch.no_grad():
         produced = generator.generate(
             **on_device,
@@ -49,7 +49,7 @@ def generate_answers(model: nn.Module, tokenizer: Any, inputs: Inputs, limit: in
             pad_token_id=pad_id(tokenizer),
         )
     new = produced[:, inputs["input_ids"].shape[1] :].cpu().tolist()
-    return [_until(row, ends) for row in new]
+    return [until(row, ends) for row in new]
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -142,12 +142,14 @@ def _first_token(tokenizer: Any, tail: str, joint: str, option: str) -> int | No
     return None
 
 
-def _until(row: list[int], ends: set[int]) -> list[int]:
+def until(row: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first that ends an answer."""
     stop = next((place for place, token in enumerate(row) if token in ends), len(row))
     return row[:stop]
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer, by the model's generation settings and its tokenizer."""
     settings = getattr(model, "generation_config", None)
     ends: set[int] = set()
     for value in (getattr(settings, "eos_token_id", None), tokenizer.eos_token_id, tokenizer.pad_token_id):

@@ -98,6 +98,47 @@ def prepare_batch(
         )
     if "text" not in loaded.anatomy.stacks:
         return _images_alone(loaded, samples, start)
+    asked = ask(loaded, samples)
+    check_positions(loaded, samples, asked.encoded, max_new_tokens)
+    if generate:
+        answers = generate_answers(loaded.model, loaded.tokenizer, asked.encoded.inputs, max_new_tokens)
+    else:
+        answers = [[0] * max_new_tokens for _ in samples]
+    return answered(loaded, asked, start, answers, texts)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Samples with their images read and laid out, and their prompts encoded."""
+
+    samples: list[Sample]
+    images: list[list[LoadedImage]]
+    layouts: list[list[ImageLayout]]
+    prompts: list[Prompt]
+    encoded: EncodedPrompts
+
+    def table(
+        self, loaded: LoadedModel, row: int, at: int, answer: Sequence[int], texts: TokenTexts
+    ) -> Columns:
+        """The labels of one sample's prompt and answer."""
+        ids, offsets = self.encoded.ids(row), self.encoded.offsets[row]
+        image = loaded.anatomy.image_token_id
+        with naming(row):
+            return decoder_table(
+                self.samples[row],
+                at,
+                ids,
+                answer,
+                offsets,
+                self.layouts[row],
+                image,
+                texts,
+                replaced=adapter_of(loaded.model).placeholders,
+            )
+
+
+def ask(loaded: LoadedModel, samples: Sequence[Sample]) -> Asked:
+    """Read, prompt and encode samples of a model that reads words. Raises like `prepare_batch`."""
     images, layouts, prompts = [], [], []
     for row, sample in enumerate(samples):
         with naming(row):
@@ -105,45 +146,31 @@ def prepare_batch(
             images.append(read_images(sample))
             layouts.append(_layouts(loaded, images[row]))
             prompts.append(build_prompt(loaded.processor, sample))
-    adapter = adapter_of(loaded.model)
-    if adapter.equal_images and len({len(each) for each in images}) > 1:
+    if adapter_of(loaded.model).equal_images and len({len(each) for each in images}) > 1:
         raise CaptureError(
             "Samples with different numbers of images share a batch, and this model would attend to padding.",
             "Capture them one at a time: --batch-size 1.",
         )
-    encoded = _encode(loaded, samples, prompts, images)
-    if generate:
-        answers = generate_answers(loaded.model, loaded.tokenizer, encoded.inputs, max_new_tokens)
-    else:
-        answers = [[0] * max_new_tokens for _ in samples]
-    decoder = []
-    for row, sample in enumerate(samples):
-        at, ids, offsets = start + row, encoded.ids(row), encoded.offsets[row]
-        image = loaded.anatomy.image_token_id
-        with naming(row):
-            decoder.append(
-                decoder_table(
-                    sample,
-                    at,
-                    ids,
-                    answers[row],
-                    offsets,
-                    layouts[row],
-                    image,
-                    texts,
-                    replaced=adapter.placeholders,
-                )
-            )
-    encoder = [encoder_table(start + row, each) for row, each in enumerate(layouts)]
-    labelled = Labelled(samples, prompts, encoded.inputs, decoder, encoder)
+    return Asked(list(samples), images, layouts, prompts, _encode(loaded, samples, prompts, images))
+
+
+def answered(
+    loaded: LoadedModel, asked: Asked, start: int, answers: list[list[int]], texts: TokenTexts
+) -> Batch:
+    """The batch of samples and their answers. SampleError where labels cannot be established."""
+    rows = range(len(asked.samples))
+    decoder = [asked.table(loaded, row, start + row, answers[row], texts) for row in rows]
+    encoder = [encoder_table(start + row, asked.layouts[row]) for row in rows]
+    tables = adapter_of(loaded.model).tables
+    labelled = Labelled(asked.samples, asked.prompts, asked.encoded.inputs, decoder, encoder)
     return Batch(
         start=start,
-        samples=list(samples),
-        images=images,
-        prompts=prompts,
+        samples=asked.samples,
+        images=asked.images,
+        prompts=asked.prompts,
         inputs=append_tokens(
-            encoded.inputs,
-            encoded.lengths,
+            asked.encoded.inputs,
+            asked.encoded.lengths,
             answers,
             pad_id(loaded.tokenizer),
             answer_type=ANSWER_TYPE.get(loaded.model.config.model_type),
@@ -151,8 +178,8 @@ def prepare_batch(
         answers=answers,
         decoder=decoder,
         encoder=encoder,
-        last_prompt=encoded.lengths - 1,
-        further={} if adapter.tables is None else adapter.tables(loaded, labelled),
+        last_prompt=asked.encoded.lengths - 1,
+        further={} if tables is None else tables(loaded, labelled),
     )
 
 
@@ -220,7 +247,8 @@ def _encode(
             try:
                 encode_prompts(loaded.processor, [prompt], [own])
             except MechanisticError as alone:
-                raise SampleError(row, alone) from alone
+                error = CaptureError(f"Sample {sample.sample_id!r}: {_lowered(alone.what)}", alone.hint)
+                raise SampleError(row, error) from alone
             except Exception as alone:
                 error = CaptureError(
                     f"Sample {sample.sample_id!r}: the processor rejects it: {_reason(alone)}",
@@ -234,6 +262,26 @@ def _encode(
             f"but not together: {_reason(together)}",
             "Capture them one at a time: --batch-size 1.",
         ) from together
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def check_positions(
+    loaded: LoadedModel, samples: Sequence[Sample], encoded: EncodedPrompts, answer: int
+) -> None:
+    """SampleError for the first sample that has more tokens than the model has learned positions."""
+    most = loaded.anatomy.positions
+    for row, (sample, length) in enumerate(zip(samples, encoded.lengths.tolist(), strict=True)):
+        if most is not None and length + answer > most:
+            along = f" and up to {answer} of its answer" if answer else ""
+            error = CaptureError(
+                f"Sample {sample.sample_id!r}: its prompt has {length} tokens{along}; "
+                f"this model reads {most}.",
+                "Shorten the question, or leave the sample out.",
+            )
+            raise SampleError(row, error)
 
 
 def _reason(error: Exception) -> str:

@@ -18,13 +18,14 @@ from mechanistic.store.schema import CORRECT
 
 from .adapters import adapter_of
 from .answers import option_logits, option_tokens, score
-from .batch import Batch, prepare_batch
+from .backend import Captured, backend_of
+from .batch import Batch
 from .batch_attempts import attempt
 from .batch_plan import batches, windows
 from .batch_rows import place_rows, split_rows
 from .dataset import Dataset, Sample
 from .failures import SampleError, failed_rows
-from .forward import capture_forward, site_rows
+from .forward import site_rows
 from .interruption import Interruption
 from .models import LoadedModel
 from .outputs import holds_something
@@ -32,8 +33,8 @@ from .parts import PartOf
 from .price import Price, price
 from .progress import Progress
 from .prompts import build_prompt
-from .proof import Proof, prove
-from .readout import build_readout, head_readout
+from .proof import Proof
+from .readout import head_readout
 from .run_description import CaptureSettings, run_attributes, run_groups
 from .sites import attended, resolve_sites
 from .survey import answer_words, survey
@@ -57,6 +58,7 @@ class Job:
         part: PartOf | None = None,
     ) -> None:
         self.loaded = loaded
+        self.backend = backend_of(loaded)
         self.dataset = dataset
         self.root = path
         self.settings = settings
@@ -64,6 +66,7 @@ class Job:
         self.path = part.path(path) if part else path
         self.span = part.span(len(dataset)) if part else range(len(dataset))
         self.sites = resolve_sites(settings.sites, loaded.anatomy, loaded.dtype)
+        self.backend.check(self.sites)
         self.survey = survey(dataset)
         if not self.survey.has_images and any(site.stack.is_encoder for site in self.sites):
             raise SpecificationError(
@@ -104,7 +107,7 @@ class Job:
     @cached_property
     def proof(self) -> Proof:
         """What is proven on that sample before anything is kept."""
-        return prove(self.loaded, self.shown, attended(self.sites))
+        return self.backend.prove(self.shown, attended(self.sites))
 
     @cached_property
     def groups(self) -> list[Any]:
@@ -198,16 +201,22 @@ class Job:
 
     def captured(self, numbers: list[int]) -> list[Rows]:
         """The rows of each of these samples, captured together; SampleError if one cannot be."""
-        batch = self._prepare(numbers)
-        return split_rows(self.rows(batch), len(numbers), self.groups)
+        done = self.backend.capture(
+            [self.dataset[number] for number in numbers],
+            self.sites,
+            self.proof,
+            max_new_tokens=self.settings.max_new_tokens,
+            texts=self.texts,
+        )
+        return split_rows(self.rows(done), len(numbers), self.groups)
 
     def placed(self, rows: Rows, before: Mapping[str, int]) -> Rows:
         """The rows of one sample, for a run whose groups have `before` rows already."""
         return place_rows(rows, before, self.groups)
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, captured: Captured) -> Rows:
         """Everything that a batch adds to the run, its pointers counted from the batch's own rows."""
-        arrays, logits = capture_forward(self.loaded, batch, self.sites, self.proof.halves, self.proof.rules)
+        batch, arrays, logits = captured.batch, captured.arrays, captured.logits
         tokenizer = self.loaded.tokenizer
         # A model that reads images alone has no tokenizer; its prompts are empty.
         predictions = [
@@ -243,9 +252,7 @@ class Job:
     def _prepare(self, numbers: Sequence[int], *, generate: bool = True) -> Batch:
         samples = [self.dataset[number] for number in numbers]
         limit = self.settings.max_new_tokens
-        return prepare_batch(
-            self.loaded, samples, 0, max_new_tokens=limit, generate=generate, texts=self.texts
-        )
+        return self.backend.prepare(samples, max_new_tokens=limit, generate=generate, texts=self.texts)
 
     def _correct(self, predictions: Sequence[str], samples: Sequence[Sample]) -> list[int]:
         if not self.settings.max_new_tokens:
@@ -258,7 +265,7 @@ class Job:
             return
         prompt = build_prompt(self.loaded.processor, self.shown.samples[0])
         words = answer_words(self.loaded.tokenizer, prompt.text, self.survey.answers)
-        built = build_readout(self.loaded.anatomy, self.loaded.model, words)
+        built = self.backend.readout(words)
         if built is not None:
             writer.put_static("readout", *self._with_heads(*built))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from typing import Any
 
 from mechanistic.store.errors import UsageError
 
 from .datasets import dataset_names, open_dataset
+from .engine_options import engine_options
 from .parts import PartOf
 from .specification import ATTENTION_SITES, CROSS_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
 
@@ -38,6 +40,8 @@ examples:
       --sites 'text.*.resid_post[last+subject+object]' 'text.8-20.q[text]' 'text.8-20.k' --plan
   mechanistic capture --model-name llava1.5 --dataset VSR --data-root vsr --output-dir run \\
       --parts 16 --part $SLURM_ARRAY_TASK_ID       # then, once: mechanistic merge run
+  mechanistic capture --model-name qwen2.5vl-vllm --dataset shapes --output-dir run --batch-size 64 \
+      --engine-option tensor_parallel_size=2
 """
 
 
@@ -120,6 +124,18 @@ def _how(group: argparse._ArgumentGroup) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="what the model computes in (default: as its weights are stored)",
     )
+    group.add_argument(
+        "--backend",
+        choices=("transformers", "vllm"),
+        help="what runs the model (default: transformers, or vllm for names that end in -vllm)",
+    )
+    group.add_argument(
+        "--engine-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of vLLM, such as tensor_parallel_size=2; may be repeated",
+    )
     group.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
     group.add_argument(
         "--device-map", metavar="MAP", help="spread the model over devices, such as auto; instead of --device"
@@ -164,9 +180,11 @@ def _capture(args: argparse.Namespace) -> int:
     )
     loading: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("dtype", "device", "device_map", "revision", "trust_remote_code")
+        for name in ("backend", "dtype", "device", "device_map", "revision", "trust_remote_code")
         if getattr(args, name)
     }
+    if args.engine_option:
+        loading["engine"] = engine_options(args.engine_option)
     # torch and transformers load here, after everything that can be refused without them.
     _require_libraries(quiet=args.quiet)
     from .job import capture_run, price_run
@@ -219,12 +237,16 @@ def _repair(args: argparse.Namespace) -> int:
     from .models import load_model
     from .repair import repair_run
 
+    held: dict[str, Any] = {"device": args.device, "attention": model["attention"]}
+    if model["backend"] != "transformers":
+        options = {key: ast.literal_eval(value) for key, value in model["options"].items()}
+        held = {"device": args.device, "engine": options}
     loaded = load_model(
         args.model_name or model["name"],
+        backend=model["backend"],
         dtype=model["dtype"],
-        device=args.device,
-        attention=model["attention"],
         revision=model["revision"] or None,
+        **held,
     )
     print(repair_run(args.run, loaded, dataset).message())
     return 0

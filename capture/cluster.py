@@ -10,6 +10,7 @@ from typing import Any
 from mechanistic.store import read_manifest
 from mechanistic.store.errors import CaptureError, UsageError
 
+from .backend import backend_of
 from .dataset import Dataset
 from .failures import failed_samples
 from .job import CaptureSummary, capture_run
@@ -18,7 +19,16 @@ from .progress import Progress
 
 # How often a part is begun again after its worker died; it goes on where that one had committed.
 RETRIES = 3
-_LOADING = ("dtype", "device", "device_map", "attention", "revision", "trust_remote_code")
+_LOADING = (
+    "dtype",
+    "device",
+    "device_map",
+    "attention",
+    "revision",
+    "trust_remote_code",
+    "backend",
+    "engine",
+)
 
 
 class WorkerModel:
@@ -33,6 +43,8 @@ class WorkerModel:
         """The model, loaded on first use."""
         key = (name, sorted(loading.items(), key=str))
         if self.loaded is None or self.key != key:
+            if self.loaded is not None:
+                backend_of(self.loaded).close()
             self.loaded = None
             self.loaded, self.key = load_model(name, **loading), key
         return self.loaded

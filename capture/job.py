@@ -11,10 +11,12 @@ from typing import Any
 
 from mechanistic.store import RunWriter, read_manifest
 
+from .backend import backend_of
 from .batch_job import Job
 from .dataset import Dataset
 from .failures import failed_samples
 from .interruption import Interruption
+from .model_names import backend_named
 from .models import LoadedModel, load_model
 from .outputs import holds_something, is_finished
 from .parts import PartOf
@@ -103,24 +105,37 @@ def capture_run(
     begun = time.monotonic()
     settings = CaptureSettings(parse_sites(sites), batch_size, max_new_tokens, images, seed)
     own = PartOf(*part) if part else None
-    held, finished = _find(Path(path), model, dataset, settings, own)
+    held, finished = _find(Path(path), known(model, loading.get("backend")), dataset, settings, own)
     if finished and not (retry_failed and failed_samples(held)):
         return _summary(held, 0, begun)
-    loaded = load_model(model, **loading) if isinstance(model, str) else model
-    # A merged run of the same job is no longer in parts.
-    job = Job(loaded, dataset, Path(path), settings, own if held != Path(path) else None)
-    if not holds_something(held):
-        check_price(job.price(), yes=yes)
-    before = read_manifest(held).samples if finished else None
-    with Interruption() as interruption:
-        if not finished:
-            before = _capture(job, interruption, fail_fast=fail_fast, quiet=quiet, log_json=log_json)
-        failed = failed_samples(held) if retry_failed else []
-        if failed:
-            names = [each.sample_id for each in failed]
-            with job.open() as writer, _progress(writer, len(names), 0, quiet, log_json) as progress:
-                job.retry(writer, names, progress, interruption)
+    with _running(model, loading) as loaded:
+        # A merged run of the same job is no longer in parts.
+        job = Job(loaded, dataset, Path(path), settings, own if held != Path(path) else None)
+        if not holds_something(held):
+            check_price(job.price(), yes=yes)
+        before = read_manifest(held).samples if finished else None
+        with Interruption() as interruption:
+            if not finished:
+                before = _capture(job, interruption, fail_fast=fail_fast, quiet=quiet, log_json=log_json)
+            failed = failed_samples(held) if retry_failed else []
+            if failed:
+                names = [each.sample_id for each in failed]
+                with job.open() as writer, _progress(writer, len(names), 0, quiet, log_json) as progress:
+                    job.retry(writer, names, progress, interruption)
     return _summary(held, read_manifest(held).samples - (before or 0), begun)
+
+
+@contextmanager
+def _running(model: str | LoadedModel, loading: dict[str, Any]) -> Iterator[LoadedModel]:
+    """A model that was given, which is its owner's; or one loaded for this job, and let go of behind it."""
+    if not isinstance(model, str):
+        yield model
+        return
+    loaded = load_model(model, **loading)
+    try:
+        yield loaded
+    finally:
+        backend_of(loaded).close()
 
 
 def _capture(job: Job, interruption: Interruption, *, fail_fast: bool, quiet: bool, log_json: bool) -> int:
@@ -141,7 +156,7 @@ def _progress(writer: RunWriter, total: int, done: int, quiet: bool, log_json: b
 
 
 def _find(
-    path: Path, model: str | LoadedModel, dataset: Dataset, settings: CaptureSettings, part: PartOf | None
+    path: Path, model: dict[str, str], dataset: Dataset, settings: CaptureSettings, part: PartOf | None
 ) -> tuple[Path, bool]:
     """Where the job writes, and whether it has nothing left to do there."""
     capture = settings.to_dict()
@@ -150,6 +165,13 @@ def _find(
         return path, is_finished(path, model, dataset, capture)
     own = part.path(path)
     return own, is_finished(own, model, dataset, {**capture, "part": part.attributes(len(dataset))})
+
+
+def known(model: str | LoadedModel, backend: str | None) -> dict[str, str]:
+    """What the run's attribute `model` will say, as far as is known before the model is loaded."""
+    if isinstance(model, LoadedModel):
+        return {"name": model.name, "backend": model.backend}
+    return {"name": model, "backend": backend_named(model, backend)}
 
 
 def _summary(path: Path, captured: int, begun: float) -> CaptureSummary:
@@ -171,5 +193,5 @@ def price_run(
 ) -> Price:
     """What `capture_run` would cost on disk: a few prompts are encoded, no forward runs. Raises like it."""
     settings = CaptureSettings(parse_sites(sites), max_new_tokens=max_new_tokens, images=images)
-    loaded = load_model(model, **loading) if isinstance(model, str) else model
-    return Job(loaded, dataset, Path(path), settings).price()
+    with _running(model, loading) as loaded:
+        return Job(loaded, dataset, Path(path), settings).price()

@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mechanistic.store.errors import ModelError
 
+from .adapters import adapter_of
 from .anatomy import Anatomy, find_anatomy
+from .model_names import BUNDLED, REGISTRY, ModelEntry, backend_named
 from .processors import load_processor
 from .prompts import template_of, tokenizer_of
+from .weights_hash import WEIGHTS, hash_parameters, hash_weights
 
-BUNDLED = "spatial-tiny"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+if TYPE_CHECKING:
+    from .backend import Backend
+
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """What a short name stands for."""
-
-    repository: str
-    revision: str | None = None
-    backend: str = "transformers"
-    dtype: str | None = None
-
-
-REGISTRY: Mapping[str, ModelEntry] = {
-    # Stored as bfloat16 to be small; computed in float32, which a CPU does faster.
-    BUNDLED: ModelEntry("bundled", dtype="float32"),
-    "llava1.5": ModelEntry("llava-hf/llava-1.5-7b-hf"),
-    "llava1.5-13b": ModelEntry("llava-hf/llava-1.5-13b-hf"),
-    "llava1.6": ModelEntry("llava-hf/llava-v1.6-vicuna-7b-hf"),
-    "llava1.6-mistral": ModelEntry("llava-hf/llava-v1.6-mistral-7b-hf"),
-    "llava-onevision": ModelEntry("llava-hf/llava-onevision-qwen2-7b-ov-hf"),
-    "qwen2vl": ModelEntry("Qwen/Qwen2-VL-7B-Instruct"),
-    "qwen2vl-2b": ModelEntry("Qwen/Qwen2-VL-2B-Instruct"),
-    "qwen2vl-vllm": ModelEntry("Qwen/Qwen2-VL-7B-Instruct", backend="vllm"),
-    "qwen2.5vl": ModelEntry("Qwen/Qwen2.5-VL-7B-Instruct"),
-    "qwen2.5vl-3b": ModelEntry("Qwen/Qwen2.5-VL-3B-Instruct"),
-    "qwen2.5vl-vllm": ModelEntry("Qwen/Qwen2.5-VL-7B-Instruct", backend="vllm"),
-    "qwen3vl": ModelEntry("Qwen/Qwen3-VL-8B-Instruct"),
-    "qwen3vl-vllm": ModelEntry("Qwen/Qwen3-VL-8B-Instruct", backend="vllm"),
-    "gemma3": ModelEntry("google/gemma-3-4b-it"),
-    "gemma3-12b": ModelEntry("google/gemma-3-12b-it"),
-    "paligemma": ModelEntry("google/paligemma-3b-mix-224"),
-    "paligemma2": ModelEntry("google/paligemma2-3b-mix-224"),
-    "internvl": ModelEntry("OpenGVLab/InternVL3-8B-hf"),
-    "smolvlm": ModelEntry("HuggingFaceTB/SmolVLM-Instruct"),
-    "idefics3": ModelEntry("HuggingFaceM4/Idefics3-8B-Llama3"),
-    "clip": ModelEntry("openai/clip-vit-large-patch14-336"),
-    "siglip": ModelEntry("google/siglip-so400m-patch14-384"),
-    "vit": ModelEntry("google/vit-base-patch16-224"),
-    "dinov2": ModelEntry("facebook/dinov2-base"),
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +32,7 @@ class LoadedModel:
     """A model ready to be captured, with its processor and what identifies it.
 
     Make one with `load_model`, or from objects that you have: ``LoadedModel(model, processor, "mine")``.
+    Where another `engine` runs it, `model` has the configuration and the shapes, and no weights.
     """
 
     model: Any
@@ -79,6 +43,7 @@ class LoadedModel:
     folder: Path | None = None
     backend: str = "transformers"
     options: Mapping[str, str] = field(default_factory=dict)
+    engine: Backend | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -93,7 +58,9 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         """Name of the dtype that the model computes in."""
-        return str(self.model.dtype).removeprefix("torch.")
+        part = adapter_of(self.model).computes
+        model = self.model if part is None else self.model.get_submodule(part)
+        return str(model.dtype).removeprefix("torch.")
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -104,7 +71,7 @@ class LoadedModel:
         """The run's attribute `model`."""
         import transformers
 
-        return {
+        described = {
             "name": self.name,
             "repository": self.repository,
             "revision": self.revision,
@@ -116,6 +83,7 @@ class LoadedModel:
             "backend_version": transformers.__version__,
             "options": dict(self.options),
         }
+        return described if self.engine is None else {**described, **self.engine.attributes()}
 
     def processor_attributes(self) -> dict[str, Any]:
         """The run's attribute `processor`."""
@@ -140,6 +108,8 @@ def load_model(
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    backend: str | None = None,
+    engine: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> LoadedModel:
     """Load a model by registry name, folder or hub id, ready for inference.
@@ -150,6 +120,10 @@ def load_model(
         float32, float16 or bfloat16; absent, what the weights are stored as (spatial-tiny: float32).
     attention
         sdpa or eager; absent, sdpa where the architecture has it.
+    backend
+        transformers or vllm; absent, what the name stands for, else transformers.
+    engine
+        Options of vLLM, such as tensor_parallel_size.
     options
         Anything else that `from_pretrained` takes, such as quantization_config.
 
@@ -158,16 +132,28 @@ def load_model(
     ModelError    the name is unknown, files are missing, or the weights cannot be loaded.
     """
     entry = REGISTRY.get(name)
-    if entry is not None and entry.backend != "transformers":
-        raise ModelError(
-            f"'{name}' runs on {entry.backend}, which is not available yet.",
-            f"Take '{name.removesuffix(f'-{entry.backend}')}', the same model through transformers.",
-        )
+    backend = backend_named(name, backend)
     source, folder = _source(name, entry)
     revision = revision or (entry.revision if entry is not None else None)
     dtype = dtype or (entry.dtype if entry is not None else None)
+    chosen = _torch_dtype(dtype, name)
+    if backend == "vllm":
+        from .vllm_model import load_engine
+
+        return load_engine(
+            name,
+            source,
+            folder,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            options={**(entry.engine if entry is not None else {}), **(engine or {})},
+            refused={"device": device, "device_map": device_map, "attention": attention, **options},
+        )
+    if engine:
+        raise ModelError("Engine options are for vLLM alone.", "Add backend='vllm', or --backend vllm.")
     settings = {
-        "dtype": _torch_dtype(dtype, name),
+        "dtype": chosen,
         "attn_implementation": attention,
         "device_map": device_map,
         "revision": revision,
@@ -256,7 +242,7 @@ def _load(name: str, source: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     hub = {key: settings[key] for key in ("revision", "trust_remote_code")}
     try:
         config = library.AutoConfig.from_pretrained(source, **hub)
-        loader = _loader(config)
+        loader = loader_of(config)
         model = loader.from_pretrained(source, **settings)
         processor = load_processor(source, config, **hub)
     # The library and its file formats report a missing, truncated or foreign file in many ways.
@@ -269,7 +255,8 @@ def _load(name: str, source: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     return model, processor
 
 
-def _loader(config: Any) -> Any:
+def loader_of(config: Any) -> Any:
+    """The class of transformers that loads a model with this configuration."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
@@ -286,28 +273,3 @@ def _snapshot(repository: str, commit: str) -> Path | None:
 
     config = cached_file(repository, "config.json", revision=commit or None, local_files_only=True)
     return Path(config).parent if config is not None else None
-
-
-def hash_weights(folder: Path) -> str:
-    """SHA-256 of the one weight file in a folder, or of the lines "hash  name" of several."""
-    files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-    hashes = {file.name: _hash_file(file) for file in files}
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    return hashlib.sha256(
-        "".join(f"{value}  {name}\n" for name, value in hashes.items()).encode()
-    ).hexdigest()
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_parameters(model: Any) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zarr
 
@@ -14,17 +14,14 @@ from mechanistic.store.parts import part_count
 
 from .dataset import Dataset
 
-if TYPE_CHECKING:
-    from .models import LoadedModel
-
 
 def holds_something(path: Path) -> bool:
     """Whether a path exists and is not just an empty folder."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def is_finished(path: Path, model: str | LoadedModel, dataset: Dataset, capture: dict[str, Any]) -> bool:
-    """Whether `path` holds this very job's finished run; `capture` is its attribute of that name.
+def is_finished(path: Path, model: dict[str, str], dataset: Dataset, capture: dict[str, Any]) -> bool:
+    """Whether `path` holds this very job's finished run; `model` and `capture` are of its attributes.
 
     OutputExistsError if it holds something else that is finished, no run, or a run in parts.
 
@@ -46,9 +43,8 @@ def is_finished(path: Path, model: str | LoadedModel, dataset: Dataset, capture:
         return False
     stored = dict(zarr.open_group(str(path), mode="r").attrs)
     different = differences(stored, {"capture": capture})
-    known = {"name": model if isinstance(model, str) else model.name}
     about = {"name": dataset.name, "hash": dataset.fingerprint(), "num_samples": len(dataset)}
-    for key, values in (("model", known), ("dataset", about)):
+    for key, values in (("model", model), ("dataset", about)):
         held: Any = stored.get(key, {})
         different += [
             f"{key}.{name} is {held.get(name)!r}, not {value!r}"

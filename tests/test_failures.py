@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_models import Listed, llava, picture, samples
 
-import mechanistic.capture.batch_job as batch_job
+import mechanistic.capture.backend as backend
 from mechanistic.capture.batch_attempts import attempt
 from mechanistic.capture.dataset import ImageError, open_image
 from mechanistic.capture.failures import failed_samples
@@ -132,14 +132,14 @@ def test_capture_run__nothing_that_can_be_captured_is_an_error(loaded: LoadedMod
 def test_capture_run__out_of_memory_halves_the_batch_and_records_it(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forward = batch_job.capture_forward
+    forward = backend.capture_forward
 
     def small_device(model: Any, batch: Any, *rest: Any) -> Any:
         if len(batch.samples) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
         return forward(model, batch, *rest)
 
-    monkeypatch.setattr(batch_job, "capture_forward", small_device)
+    monkeypatch.setattr(backend, "capture_forward", small_device)
     capture(loaded, tmp_path / "run", batch_size=3, quiet=False)
     held = open_run(tmp_path / "run")["samples"].to_dataset()
     assert held["forward_samples"].values.max() == 2

@@ -15,6 +15,7 @@ import xarray as xr
 from PIL import Image
 from tiny_models import Listed, llava, picture, samples
 
+import mechanistic.capture.backend as backend
 import mechanistic.capture.batch_job as batch_job
 import mechanistic.capture.job as job
 from mechanistic.capture.forward import to_host
@@ -173,7 +174,7 @@ def test_capture_run__resumed_after_a_kill_equals_uninterrupted(
 def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commit every batch, and die while the next one is computed, without any clean-up of the job's own."""
     monkeypatch.setattr(batch_job, "COMMIT_SECONDS", -1.0)
-    forward, seen = batch_job.capture_forward, []
+    forward, seen = backend.capture_forward, []
 
     def die(*args: Any, **kwargs: Any) -> Any:
         if len(seen) == batches:
@@ -182,14 +183,14 @@ def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(1)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(batch_job, "capture_forward", die)
+    monkeypatch.setattr(backend, "capture_forward", die)
 
 
 def test_capture_run__interrupted_commits_the_batches_it_has(
     loaded: LoadedModel, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
-    forward, seen = batch_job.capture_forward, []
+    forward, seen = backend.capture_forward, []
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
@@ -198,7 +199,7 @@ def test_capture_run__interrupted_commits_the_batches_it_has(
         return forward(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(batch_job, "capture_forward", interrupt)
+        patched.setattr(backend, "capture_forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             capture(loaded, path)
     assert read_manifest(path).samples == 6
@@ -221,7 +222,7 @@ def test_capture_run__finished_has_nothing_to_do(
     loaded: LoadedModel, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "load_model", None)
-    monkeypatch.setattr(batch_job, "prove", None)
+    monkeypatch.setattr(backend, "prove", None)
     summary = capture(loaded, whole)
     assert (summary.captured, summary.samples) == (0, 10)
     assert "nothing to do" in summary.message()

@@ -22,7 +22,7 @@ from mechanistic.capture.models import (
     load_model,
 )
 from mechanistic.capture.token_table import TokenTexts
-from mechanistic.store.errors import ModelError
+from mechanistic.store.errors import ModelError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +128,19 @@ def test_registry__leads_somewhere() -> None:
         assert entry.backend == ("vllm" if name.endswith("-vllm") else "transformers")
 
 
-def test_load_model__a_backend_that_is_not_there_yet_names_the_one_that_is() -> None:
-    with pytest.raises(
-        ModelError, match=r"runs on vllm, which is not available yet\.\n.*'qwen2vl', the same"
-    ):
+def test_load_model__vllm_where_it_is_not_installed_says_how() -> None:
+    with pytest.raises(UsageError, match=r"needs vLLM; vllm is not installed\.\n.*vllm>=0\.32,<0\.33"):
         load_model("qwen2vl-vllm")
+
+
+def test_load_model__unknown_backend() -> None:
+    with pytest.raises(ModelError, match=r"no backend 'jax'\.\n.*transformers, vllm"):
+        load_model("spatial-tiny", backend="jax")
+
+
+def test_load_model__engine_options_are_for_vllm() -> None:
+    with pytest.raises(ModelError, match=r"for vLLM alone\.\n.*--backend vllm"):
+        load_model("spatial-tiny", engine={"max_model_len": 64})
 
 
 @pytest.mark.parametrize(

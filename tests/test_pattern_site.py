@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from tiny_models import Listed, llava, samples
 
-import mechanistic.capture.batch_job as job
+import mechanistic.capture.backend as backend
 from mechanistic.analysis import attention_pattern
 from mechanistic.capture.job import capture_run, price_run
 from mechanistic.capture.models import LoadedModel
@@ -107,7 +107,7 @@ class Killed(BaseException):
 def test_pattern__starts_go_on_after_a_kill(
     loaded: LoadedModel, dataset: Listed, run: xr.DataTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, seen = job.capture_forward, []
+    forward, seen = backend.capture_forward, []
 
     def die(*arguments: Any) -> Any:
         seen.append(None)
@@ -115,7 +115,7 @@ def test_pattern__starts_go_on_after_a_kill(
             raise Killed
         return forward(*arguments)
 
-    monkeypatch.setattr(job, "capture_forward", die)
+    monkeypatch.setattr(backend, "capture_forward", die)
     with pytest.raises(Killed):
         capture_run(loaded, dataset, tmp_path / "run", sites=SITES, **SETTINGS)
     capture_run(loaded, dataset, tmp_path / "run", sites=SITES, **SETTINGS)

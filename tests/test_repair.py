@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import Listed, llava, samples
 
+import mechanistic.capture.backend as backend
 import mechanistic.capture.batch_job as batch_job
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
@@ -83,13 +84,13 @@ def test_repair__recaptures_exactly_the_damaged_samples(
     assert read_manifest(run).content_sha256() == before
     flip(run / "text/resid_post/resid_post/c/0/1/0")
     seen: list[str] = []
-    forward = batch_job.capture_forward
+    forward = backend.capture_forward
 
     def watched(model: Any, batch: Any, *rest: Any) -> Any:
         seen.extend(sample.sample_id for sample in batch.samples)
         return forward(model, batch, *rest)
 
-    monkeypatch.setattr(batch_job, "capture_forward", watched)
+    monkeypatch.setattr(backend, "capture_forward", watched)
     assert repair_run(run, loaded, DATA).samples == len(wanted)
     # The others of a batch run along: what is next to a sample decides its last bits.
     assert {f"s{row:03d}" for row in wanted} <= set(seen)

@@ -1,0 +1,173 @@
+"""Keeps the wanted rows of an engine's tensors, step by step, until they are written to a file.
+
+Runs inside a worker process of vLLM. What comes in is JSON-like, what goes out is a file: tensors over the
+engine's own messages would arrive as lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechanistic.store.errors import CaptureError
+
+from .vllm_rows import Span, Wanted, check_spans, own_id, rows_wanted, spans_of_step
+from .vllm_stream import Stream
+
+# Row of a batch, and the logits at its last prompt token.
+LOGITS = "logits"
+LOGITS_ROWS = "logits_rows"
+
+
+class Recorder:
+    """What one worker keeps of one batch.
+
+    `plan` names, by tensor, the layers and the selection of tokens: {"q": {"layers": [0], "selection": "s"}}.
+    """
+
+    def __init__(self, plan: Mapping[str, Mapping[str, Any]]) -> None:
+        self.selection = {name: str(each["selection"]) for name, each in plan.items()}
+        self.expected = {(name, int(layer)) for name, each in plan.items() for layer in each["layers"]}
+        self.wanted: dict[str, dict[str, Wanted]] = {}
+        self.numbers: dict[str, int] = {}
+        self.lengths: dict[str, int] = {}
+        self.steps = 0
+        self._scheduled: Any = None
+        self._runner: Any = None
+        self._spans: list[Span] | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._seen: set[tuple[str, int]] = set()
+        self.begin({})
+
+    def begin(self, requests: Mapping[str, Mapping[str, Any]]) -> None:
+        """Forget everything and expect these requests: {id: {"number", "prompt_length", "wanted": {...}}}."""
+        self.numbers = {name: int(each["number"]) for name, each in requests.items()}
+        self.lengths = {name: int(each["prompt_length"]) for name, each in requests.items()}
+        self.wanted = {}
+        for name, each in requests.items():
+            for selection, plain in each["wanted"].items():
+                self.wanted.setdefault(selection, {})[name] = Wanted.parse(plain)
+        self._kept: dict[tuple[str, int], list[Tensor]] = {key: [] for key in self.expected}
+        self._labels: dict[str, list[Any]] = {selection: [] for selection in set(self.selection.values())}
+        self._logits: dict[int, Tensor] = {}
+
+    def enter(self, runner: Any, scheduled: Any) -> None:
+        """A step begins."""
+        self._runner, self._scheduled = runner, scheduled
+        self._spans = None
+        self._rows.clear()
+        self._seen.clear()
+
+    def leave(self) -> None:
+        """A step ended well. CaptureError if a tensor that is wanted of it was not seen."""
+        expected = self.expected if self._scheduled.total_num_scheduled_tokens else set()
+        missing = sorted(expected - self._seen)
+        if missing:
+            name, layer = missing[0]
+            raise CaptureError(
+                f"text.{layer}.{name} was not seen in a step of the engine ({len(missing)} missing in all).",
+                "The engine skips layers or replays compiled code; it needs enforce_eager=True.",
+            )
+        self.steps += 1
+        self.abandon()
+
+    def abandon(self) -> None:
+        """No step is running: forwards from now on are the engine's own tests of itself."""
+        self._scheduled = self._runner = self._spans = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a step with scheduled tokens is running."""
+        return self._scheduled is not None
+
+    def put(self, name: str, layer: int, stream: Stream, shape: Sequence[int] = ()) -> None:
+        """Keep the wanted rows of one tensor, or of the sum of two, as (row, *shape)."""
+        if not self.active or (name, layer) not in self.expected:
+            return
+        if (name, layer) in self._seen:
+            raise CaptureError(
+                f"text.{layer}.{name} came out of one step twice.",
+                "This architecture needs an adapter; until it has one, leave this site out.",
+            )
+        self._seen.add((name, layer))
+        rows = self._step_rows(self.selection[name], stream[0].device)
+        # index_select copies: the next fused kernel may write where the tensor is.
+        parts = [
+            part.detach().reshape(-1, *(shape or part.shape[-1:])).index_select(0, rows) for part in stream
+        ]
+        kept = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        self._kept[name, layer].append(kept.cpu())
+
+    def put_logits(self, logits: Tensor | None) -> None:
+        """Keep the logits of requests whose prompt this step completes; `logits` has a row a request."""
+        if not self.active or logits is None:
+            return
+        spans = self.spans()
+        if logits.shape[0] != len(spans):
+            raise CaptureError(
+                f"A step of {len(spans)} requests has logits for {logits.shape[0]}.",
+                "Speculative decoding cannot be captured; switch it off.",
+            )
+        for row, span in enumerate(spans):
+            name = own_id(span.request)
+            if name in self.numbers and span.positions.stop == self.lengths[name]:
+                self._logits[self.numbers[name]] = logits[row].detach().float().cpu()
+
+    def spans(self) -> list[Span]:
+        """Who the rows of this step are, checked against the attention metadata once a step."""
+        if self._spans is None:
+            batch = self._runner.input_batch
+            spans = spans_of_step(list(batch.req_ids[: batch.num_reqs]), self._scheduled)
+            _check_metadata(spans)
+            self._spans = spans
+        return self._spans
+
+    def _step_rows(self, selection: str, device: torch.device) -> Tensor:
+        if selection not in self._rows:
+            rows, labels = rows_wanted(self.spans(), self.wanted.get(selection, {}), self.numbers)
+            self._labels[selection].append(labels)
+            self._rows[selection] = torch.from_numpy(rows).to(device)
+        return self._rows[selection]
+
+    def write(self, file: Path, extra: Mapping[str, Tensor]) -> None:
+        """Write everything that was kept, and forget it."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = dict(extra)
+        for (name, layer), parts in self._kept.items():
+            if parts:
+                tensors[f"{name}.{layer}"] = torch.cat(parts)
+        for selection, labels in self._labels.items():
+            joined = np.concatenate([np.zeros((0, 2), np.int64), *labels])
+            tensors[f"rows.{selection}"] = torch.from_numpy(joined)
+        if self._logits:
+            tensors[LOGITS] = torch.stack(list(self._logits.values()))
+            tensors[LOGITS_ROWS] = torch.tensor(list(self._logits))
+        save_file({name: each.contiguous() for name, each in tensors.items()}, file)
+        self.begin({})
+
+
+def _check_metadata(spans: Sequence[Span]) -> None:
+    """Compare with every attention kernel's own idea of the step."""
+    from vllm.forward_context import get_forward_context
+
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict):
+        raise CaptureError(
+            "The engine cuts its steps into micro-batches, whose rows cannot be told apart.",
+            "Switch dual batch overlap off.",
+        )
+    kernels = {id(each): each for each in metadata.values() if hasattr(each, "query_start_loc")}
+    if not kernels:
+        raise CaptureError(
+            "The attention kernels of this engine do not say where their requests begin.",
+            "Use another attention backend of vLLM, or the transformers backend.",
+        )
+    for kernel in kernels.values():
+        starts = kernel.query_start_loc[: len(spans) + 1].tolist()
+        check_spans(spans, starts, kernel.seq_lens[: len(spans)].tolist())

@@ -1,0 +1,158 @@
+"""What the workers of an engine wrote of one batch, put back together: rows by sample, heads over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mechanistic.store.errors import CaptureError
+
+from .residual import relative_error
+from .sites import ResolvedSite
+from .specification import KV_SITES, RESIDUAL_SITES
+from .vllm_heads import owned_heads
+from .vllm_recorder import LOGITS, LOGITS_ROWS
+from .vllm_rows import Places, place_rows
+
+
+class Spool:
+    """The files of one batch, read where they lie; a context, since they are mapped while it is open.
+
+    Parameters
+    ----------
+    tolerance
+        By how much of its largest value a token that was computed twice may differ from itself.
+    """
+
+    def __init__(self, folder: Path, ranks: int, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self._files = [folder / f"rank{rank}.safetensors" for rank in range(ranks)]
+        self._open: list[Any] = []
+        self._names: list[set[str]] = []
+        self._active = ExitStack()
+        self._places: dict[tuple[str, bytes], Places] = {}
+
+    def __enter__(self) -> Spool:
+        from safetensors import safe_open
+
+        self._open = [self._active.enter_context(safe_open(file, "pt")) for file in self._files]
+        self._names = [set(file.keys()) for file in self._open]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._active.close()
+        for file in self._files:
+            file.unlink(missing_ok=True)
+
+    def rows(
+        self, name: str, layer: int, selection: str, wanted: Sequence[NDArray[np.int64]], heads: int | None
+    ) -> Tensor:
+        """The wanted positions of every sample, end to end: (row, ...), of all `heads` where it has some.
+
+        Raises
+        ------
+        CaptureError    a position is missing, or was computed twice with different results.
+        """
+        where = f"text.{layer}.{name}"
+        places = self._place(selection, wanted, where)
+        index = torch.from_numpy(places.rows)
+        if heads is None:
+            whole = self._tensor(0, f"{name}.{layer}", where)
+            self._check_again(whole, places, where)
+            return whole.index_select(0, index)
+        parts = []
+        for rank in range(len(self._open)):
+            part = self._tensor(rank, f"{name}.{layer}", where)
+            self._check_again(part, places, where)
+            parts.append(part.index_select(0, index))
+        return join_heads(parts, heads)
+
+    def sinks(self, layer: int, heads: int) -> Tensor | None:
+        """The attention sinks of a layer."""
+        name = f"sinks.{layer}"
+        if name not in self._names[0]:
+            return None
+        parts = [file.get_tensor(name)[None] for file in self._open]
+        return join_heads(parts, heads)[0]
+
+    def logits(self, samples: int) -> NDArray[np.float32]:
+        """Logits (sample, vocabulary) at the last prompt token."""
+        held = self._open[0]
+        if LOGITS not in self._names[0]:
+            raise CaptureError("The engine gave no logits.", "Report the vLLM version and the model.")
+        rows, values = held.get_tensor(LOGITS_ROWS).tolist(), held.get_tensor(LOGITS).numpy()
+        if sorted(rows) != list(range(samples)):
+            raise CaptureError(
+                f"The engine gave logits of samples {sorted(rows)} of a batch of {samples}.",
+                "Report the vLLM version and the model.",
+            )
+        ordered: NDArray[np.float32] = values[np.argsort(rows)]
+        return ordered
+
+    def _tensor(self, rank: int, name: str, where: str) -> Tensor:
+        if name not in self._names[rank]:
+            raise CaptureError(
+                f"{where} was not seen by the engine.", "Report the vLLM version and the model."
+            )
+        found: Tensor = self._open[rank].get_tensor(name)
+        return found
+
+    def _place(self, selection: str, wanted: Sequence[NDArray[np.int64]], where: str) -> Places:
+        key = (selection, b"|".join(each.tobytes() for each in wanted))
+        if key not in self._places:
+            labels = [file.get_tensor(f"rows.{selection}").numpy() for file in self._open]
+            if any(not np.array_equal(each, labels[0]) for each in labels[1:]):
+                raise CaptureError(
+                    "The processes of the engine kept different tokens.", "Report the vLLM version."
+                )
+            self._places[key] = place_rows(labels[0], wanted, where)
+        return self._places[key]
+
+    def _check_again(self, rows: Tensor, places: Places, where: str) -> None:
+        if not len(places.again):
+            return
+        first, last = torch.from_numpy(places.again).T
+        error = relative_error(rows[last], rows[first])
+        if error > self.tolerance:
+            raise CaptureError(
+                f"{where}: a token that the engine computed twice differs by {error:.2g} (allowed: "
+                f"{self.tolerance:.0e}).",
+                "Give the engine more memory for keys and values, so that it does not begin requests again.",
+            )
+
+
+def join_heads(parts: Sequence[Tensor], heads: int) -> Tensor:
+    """All `heads` of a tensor (row, head, ...) of which rank r holds ``owned_heads(heads, r, ranks)``.
+
+    Raises
+    ------
+    CaptureError    a rank holds another number of heads.
+    """
+    owner: dict[int, Tensor] = {}
+    for rank, part in enumerate(parts):
+        owned = owned_heads(heads, rank, len(parts))
+        if part.shape[1] != len(owned):
+            raise CaptureError(
+                f"Process {rank} of {len(parts)} holds {part.shape[1]} heads, not {len(owned)} of {heads}.",
+                "The engine splits its heads in another way; use tensor_parallel_size=1.",
+            )
+        for place, head in enumerate(owned):
+            owner.setdefault(head, part[:, place])
+    return parts[0] if len(parts) == 1 else torch.stack([owner[head] for head in range(heads)], dim=1)
+
+
+def heads_of(site: ResolvedSite, name: str) -> int | None:
+    """How many heads a tensor of this name has in a site's stack; None for the residual stream."""
+    if name in RESIDUAL_SITES:
+        return None
+    return site.stack.kv_heads if name in KV_SITES else site.stack.heads
