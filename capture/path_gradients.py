@@ -74,7 +74,7 @@ class PathIntegral:
 def path_integral(
     loaded: LoadedModel, sample: Sample, sample_index: int, target: Any, path: Path
 ) -> PathIntegral:
-    """Integrate along the path of one sample; raises as `target_sample`, and CaptureError if it reaches nothing."""
+    """Integrate along the path of one sample; raises as `target_sample`, or CaptureError."""
     asked = target_sample(loaded, sample, sample_index, target)
     with frozen(loaded.model):
         return _to_pixels(asked, path) if path.to == "pixels" else _to_embeddings(asked, path)
