@@ -28,6 +28,8 @@ class Adapter:
     placeholders
         Whether image features take the place of the prompt's image tokens, which else only mark where an
         image is seen.
+    computes
+        The module whose dtype is the model's, where a part of it is kept in another.
     equal_images
         Whether images that pad a batch are attended to, so that its samples must have equally many.
     """
@@ -37,6 +39,7 @@ class Adapter:
     tables: Callable[[Any, Labelled], Tables] | None = None
     sequence: tuple[str, ...] = ("sample_index", "image_index", "tile")
     placeholders: bool = True
+    computes: str | None = None
     equal_images: bool = False
 
 
@@ -44,8 +47,10 @@ _QFORMER = {"text": "language_model", "vision": "vision_model", "qformer": "qfor
 
 # By the `model_type` of the configuration.
 ADAPTERS: Mapping[str, Adapter] = {
-    "blip-2": Adapter(roots=_QFORMER, images=(1, 1), tables=blip2_tables),
-    "instructblip": Adapter(roots=_QFORMER, images=(1, 1), tables=instructblip_tables),
+    "blip-2": Adapter(roots=_QFORMER, images=(1, 1), tables=blip2_tables, computes="language_model"),
+    "instructblip": Adapter(
+        roots=_QFORMER, images=(1, 1), tables=instructblip_tables, computes="language_model"
+    ),
     "mllama": Adapter(
         roots={
             "text": "model.language_model",
@@ -63,4 +68,4 @@ ADAPTERS: Mapping[str, Adapter] = {
 
 def adapter_of(model: Any) -> Adapter:
     """The adapter of a model's family, or one that says nothing."""
-    return ADAPTERS.get(getattr(model.config, "model_type", ""), Adapter())
+    return ADAPTERS.get(getattr(getattr(model, "config", None), "model_type", ""), Adapter())

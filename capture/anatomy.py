@@ -71,12 +71,16 @@ class Stack:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The stacks of a model by name, and what turns the decoder's last residual into logits."""
+    """The stacks of a model by name, and what turns the decoder's last residual into logits.
+
+    `positions` is how many words may stand in a row, in a model that learned a vector for each place.
+    """
 
     stacks: Mapping[str, Stack]
     final_norm: nn.Module | None
     unembedding: nn.Module | None
     image_token_id: int | None
+    positions: int | None = None
 
     def module_layers(self, names: Collection[str]) -> dict[nn.Module, tuple[str, int]]:
         """Name and layer number of every module of the named attentions, such as ``text`` and ``text/x``."""
@@ -130,7 +134,7 @@ def find_anatomy(model: Any) -> Anatomy:
             f"{type(model).__name__}: could not establish {'; '.join(unknown)}.",
             "This architecture needs an adapter; until it has one, nothing of it is captured.",
         )
-    return Anatomy(stacks, norm, unembedding, image_token)
+    return Anatomy(stacks, norm, unembedding, image_token, _learned_positions(model, decoder))
 
 
 def image_token_id(model: Any) -> int | None:
@@ -140,6 +144,18 @@ def image_token_id(model: Any) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def _learned_positions(model: Any, decoder: nn.Module | None) -> int | None:
+    """Rows of the table of positions; OPT's has two more, which it never reads."""
+    if decoder is None:
+        return None
+    config = model.config.get_text_config()
+    words = _first(config, "vocab_size")
+    positions = _first(config, "max_position_embeddings", "n_positions")
+    rows = {part.num_embeddings for part in decoder.modules() if isinstance(part, nn.Embedding)} - {words}
+    known = positions is not None and not rows.isdisjoint({positions, positions + 2})
+    return positions if known else None
 
 
 def module_path(model: nn.Module, module: nn.Module) -> str:

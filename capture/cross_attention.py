@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import CaptureError, UsageError
 from mechanistic.store.schema import KIND
 
+from .anatomy import CROSS
 from .attention_rows import row_blocks
 from .batch import Batch, prepare_batch
 from .dataset import ImageSource, Sample
@@ -23,7 +24,7 @@ from .models import LoadedModel
 from .prompts import encode_prompts
 from .roles import tokens_in
 from .tap import AttentionCall, tapped
-from .token_table import Columns, TokenTexts, joined
+from .token_table import Columns, TokenTexts
 
 # As in mechanistic.analysis.question_words: letters, digits and what joins them; other marks stand alone.
 _WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
@@ -83,21 +84,24 @@ class _Watch:
     """Keeps (head, word, key) of every call of the decoder."""
 
     def __init__(self, loaded: LoadedModel, batch: Batch, words: Mapping[str, NDArray[np.int64]]) -> None:
-        self.layers = loaded.anatomy.module_layers(["text"])
+        self.layers = loaded.anatomy.module_layers(["text", "text" + CROSS])
         self.words = words
-        self.decoder, self.encoder = batch.decoder[0], joined(batch.encoder)
+        self.decoder = batch.decoder[0]
+        keys = batch.further["xk"][0] if "xk" in batch.further else None
+        self.read = np.flatnonzero([] if keys is None else keys["kind"] == KIND["image"])
+        self.patches = {name: values[self.read] for name, values in (keys or {}).items()}
         self.within: dict[int, NDArray[np.float32]] = {}
         self.across: dict[int, NDArray[np.float32]] = {}
 
     def __call__(self, call: AttentionCall) -> None:
         if call.module not in self.layers:
             return
-        _, layer = self.layers[call.module]
-        image = np.flatnonzero(self.decoder["kind"] == KIND["image"])
-        if call.key.shape[2] == call.query.shape[2] == len(self.decoder["kind"]):
+        name, layer = self.layers[call.module]
+        if name.endswith(CROSS):
+            self.across[layer] = self._joined(call)[..., self.read]
+        else:
+            image = np.flatnonzero(self.decoder["kind"] == KIND["image"])
             self.within[layer] = self._joined(call)[..., image]
-        elif call.key.shape[2] == len(self.encoder["kind"]):
-            self.across[layer] = self._joined(call)
 
     def _joined(self, call: AttentionCall) -> NDArray[np.float32]:
         every = np.unique(np.concatenate(list(self.words.values())))
@@ -107,7 +111,7 @@ class _Watch:
         return np.stack([rows[:, place].mean(1) for place in places], axis=1)
 
     def result(self, layer: int | Sequence[int] | None) -> xr.DataArray:
-        kept, labels = (self.across, self.encoder) if self.across else (self.within, self._image_tokens())
+        kept, labels = (self.across, self.patches) if self.across else (self.within, self._image_tokens())
         if not kept or not len(labels["kind"]):
             raise CaptureError(
                 "No layer of the decoder attends to image tokens that are known by their place.",

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import Listed, llava, picture, samples
+from zoo import ZOO
+from zoo import samples as zoo_samples
 
 from mechanistic.analysis.cross_attention import cross_attention
 from mechanistic.analysis.plot_cross_attention_attribution import plot_cross_attention_attribution
@@ -45,6 +47,20 @@ def test_extract_cross_attention__is_the_block_that_analysis_finds(
         image=image, text_tokens=some, cross_attention=got, num_patches=16, save_path=tmp_path / "words.png"
     )
     assert len(figure.axes) >= 4
+
+
+def test_extract_cross_attention__is_true_cross_attention_where_there_is_one(tmp_path: Path) -> None:
+    crossing, sample = ZOO["mllama"].build(), zoo_samples(ZOO["mllama"])[1]
+    sites = ["text.*.xq", "text.*.xk"]
+    capture_run(crossing, Listed((sample,)), tmp_path / "run", sites=sites, max_new_tokens=0, quiet=True)
+    expected = cross_attention(open_run(tmp_path / "run"), sample=0)["cross_attention"]
+    got = extract_cross_attention(crossing, sample.images, sample.question)
+    assert got.attrs["computed_from"] == "xq and xk"
+    assert got["layer"].values.tolist() == [1]
+    assert set(got["image_index"].values.tolist()) == {0, 1}
+    np.testing.assert_allclose(got.values, expected.values, rtol=0, atol=1e-5)
+    for name in ("image_index", "tile", "patch_row", "patch_col", "box_x0", "box_y1"):
+        np.testing.assert_array_equal(got[name].values, expected[name].values)
 
 
 def test_extract_cross_attention__says_what_is_missing(loaded: LoadedModel) -> None:

@@ -36,7 +36,7 @@ from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store import open_run, site
-from mechanistic.store.errors import CaptureError, MissingSiteError, ModelError
+from mechanistic.store.errors import CaptureError, MissingSiteError, ModelError, SpecificationError
 from mechanistic.store.schema import KIND
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -518,24 +518,31 @@ def test_zoo__a_family_without_an_adapter_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl", "gemma3", "llava", "llama", "mllama", "blip2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_zoo__half_precision_stays_close_to_single(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family, values = ZOO[name], {}
-    sites = [f"{stack}.*.{what}" for stack in family.layers for what in ("resid_post", "q", "k")]
+    groups = [f"{stack}/{what}" for stack in family.layers for what in ("resid_post", "q", "k")]
+    groups += [f"{stack}/{what}" for stack in family.cross for what in ("xq", "xk")]
+    sites = [group.replace("/", ".*.") for group in groups]
     for precision in (dtype, torch.float32):
         loaded = family.build()
         loaded.model.to(dtype).to(precision)
+        if "qformer" in family.layers:
+            # As from_pretrained leaves it.
+            loaded.model.qformer.float()
+            loaded.model.query_tokens.data = loaded.model.query_tokens.float()
         path = tmp_path / str(precision)
         asked = Listed(samples(family)[:2])
         capture_run(loaded, asked, path, sites=sites, max_new_tokens=0, quiet=True)
         values[precision] = open_run(path)
-    for name in (f"{stack}/{what}" for stack in family.layers for what in ("resid_post", "q", "k")):
+    for name in groups:
         got, exact = (site(values[precision], name) for precision in (dtype, torch.float32))
         array = name.split("/")[1]
+        computed = torch.float32 if name.startswith("qformer") else dtype
         # bfloat16 is kept as float32, which holds it exactly; float16 as it is.
-        assert got.attrs["source_dtype"] == str(dtype).removeprefix("torch.")
-        assert got[array].dtype == (np.float32 if dtype == torch.bfloat16 else np.float16)
+        assert got.attrs["source_dtype"] == str(computed).removeprefix("torch.")
+        assert got[array].dtype == (np.float16 if computed == torch.float16 else np.float32)
         difference = np.abs(got[array].values.astype(np.float32) - exact[array].values)
         assert float(difference.max()) <= HALF_TOLERANCE[dtype] * float(np.abs(exact[array].values).max())
 
@@ -543,10 +550,54 @@ def test_zoo__half_precision_stays_close_to_single(name: str, dtype: torch.dtype
 def test_zoo__a_prompt_too_long_for_a_model_of_one_length_is_named() -> None:
     loaded = ZOO["siglip"].build()
     asked = [Sample("short", (), "where ?"), Sample("long", (), "red " * 30)]
-    with pytest.raises(CaptureError, match=r"32 tokens; this model reads 24") as caught:
+    with pytest.raises(CaptureError, match=r"'long': a prompt has 32 tokens; this model reads 24") as caught:
         prepare_batch(loaded, asked, 0, max_new_tokens=0, texts=TokenTexts(loaded.tokenizer))
     assert isinstance(caught.value, SampleError)
     assert caught.value.row == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "says"),
+    [
+        ("clip", 0, "prompt has 52 tokens; this model reads 40"),
+        ("gpt2", 2000, "prompt has 51 tokens and up to 2000 of its answer; this model reads 1024"),
+        ("blip2", 60, "prompt has 55 tokens and up to 60 of its answer; this model reads 99"),
+    ],
+)
+def test_zoo__a_prompt_with_more_tokens_than_positions_is_named(name: str, answer: int, says: str) -> None:
+    loaded = ZOO[name].build()
+    images = samples(ZOO[name])[0].images
+    asked = [Sample("short", images, "where ?"), Sample("long", images, "red " * 50)]
+    if answer:
+        asked = asked[1:]
+    with pytest.raises(SampleError, match=f"'long': its {says}") as caught:
+        prepare_batch(loaded, asked, 0, max_new_tokens=answer, texts=TokenTexts(loaded.tokenizer))
+    assert caught.value.row == len(asked) - 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "gemma3"])
+def test_zoo__rotary_positions_have_no_end(name: str) -> None:
+    assert ZOO[name].build().anatomy.positions is None
+
+
+@pytest.mark.parametrize(("name", "count"), [("blip2", 2), ("instructblip", 0), ("mllama", 0)])
+def test_zoo__a_sample_with_another_number_of_images_is_named(name: str, count: int) -> None:
+    loaded = ZOO[name].build()
+    asked = [samples(ZOO[name])[0], Sample("odd", (Image.new("RGB", (32, 32)),) * count, "where ?")]
+    with pytest.raises(SampleError, match=rf"'odd' has {count} images; .* reads 1") as caught:
+        prepare_batch(loaded, asked, 0, max_new_tokens=0, texts=TokenTexts(loaded.tokenizer))
+    assert caught.value.row == 1
+
+
+def test_zoo__a_layer_that_does_not_attend_so_is_named(tmp_path: Path) -> None:
+    loaded, asked = ZOO["mllama"].build(), Listed(samples(ZOO["mllama"]))
+    for sites, says in (
+        (["text.1.q"], "'text.1.q\\[all\\]': text has self-attention in layer 0, 2 only"),
+        (["text.0.xk"], "text has cross-attention in layer 1 only.*\n.*text.*.xk"),
+        (["vision.*.xq"], "vision has cross-attention in no layer only"),
+    ):
+        with pytest.raises(SpecificationError, match=says):
+            capture_run(loaded, asked, tmp_path / "run", sites=sites, quiet=True)
 
 
 def test_zoo__a_model_that_writes_nothing_is_not_asked_for_answers(tmp_path: Path) -> None:
