@@ -205,7 +205,8 @@ def _exact(
     total = -(-size // batch_size) * (1 + len(candidates))
     with torch.no_grad(), forward_progress(total, quiet=quiet) as progress:
         for where, base, source in _directed(pairs, screen, batch_size):
-            before = base.measure("logit_diff")[0].double()
+            base, logits = base.known()
+            before = base.metric_of(logits, "logit_diff")[0].double()
             states, _ = source.read(sites)
             progress.step()
             masks = torch.from_numpy(trial_masks(base, screen.places))

@@ -61,7 +61,7 @@ def causal_tracing(
     layers: int | Sequence[int] | None = None,
     window: int = 1,
     metric: Metric = "prob",
-    batch_size: int = 8,
+    batch_size: int = 32,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -226,10 +226,11 @@ def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, quiet: bool
             clean[where] = _mean_of(trial.metric_of(logits, sweep.metric))
             progress.step()
             spoil = _spoiling(trial, masks[0], sweep)
-            corrupted[where] = _mean_of(trial.measure(sweep.metric, [spoil], sweep.copies))
+            trial, logits = trial.known([spoil], sweep.copies)
+            corrupted[where] = _mean_of(trial.metric_of(logits, sweep.metric))
             progress.step()
             for index, edits in _restorations(experiment, states, masks[1:], sweep):
-                value = trial.measure(sweep.metric, [spoil, *edits], sweep.copies)
+                value = trial.measure(sweep.metric, edits, sweep.copies)
                 restored[(where, *index)] = _mean_of(value)
                 progress.step()
     return _labelled(experiment, sweep, clean, corrupted, restored)

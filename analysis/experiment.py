@@ -62,12 +62,11 @@ def _trials(
 
     if batch_size < 1:
         raise SpecificationError(f"batch_size is {batch_size}.", "Give 1 or more.")
-    halves = None
+    trial = None
     for start in range(0, len(samples), batch_size):
         where = slice(start, min(start + batch_size, len(samples)))
         own = None if foils is None else foils[where]
-        trial = prepare_trial(loaded, samples[where], start=start, foils=own, metric=metric, halves=halves)
-        halves = trial.halves
+        trial = prepare_trial(loaded, samples[where], start=start, foils=own, metric=metric, like=trial)
         yield where, trial
 
 

@@ -117,8 +117,9 @@ def _forwards(
     total = -(-len(experiment.samples) // how.batch_size) * (1 + int(np.prod(grid.shape)))
     with forward_progress(total, quiet=how.quiet) as progress:
         for where, trial in experiment.trials(how.batch_size, how.metric):
+            trial, logits = trial.known()
             edits = grid.edits(where, trial)
-            yield where, None, trial, trial.logits()
+            yield where, None, trial, logits
             progress.step()
             for index in np.ndindex(*grid.shape):
                 yield where, index, trial, trial.logits(edits(index))

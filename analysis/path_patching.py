@@ -218,6 +218,7 @@ class _Sending:
         import torch
 
         sites = [(layer, site) for layer in range(paths.layers) for site in ("z", "mlp_out")]
+        base, _ = base.known()
         clean, logits = base.read(sites)
         corrupt, _ = source.read(sites)
         where = torch.from_numpy(trial_masks(base, [paths.place])[0])
@@ -237,7 +238,8 @@ class _Sending:
         from mechanistic.capture.path_edits import Sent
 
         edits = []
-        for layer in range(self.paths.layers):
+        # Below the lowest sender everything is as it was anyway.
+        for layer in range(min(layer for layer, _ in senders), self.paths.layers):
             for site, frozen in (("z", frozen_heads), ("mlp_out", frozen_mlps)):
                 own = tuple(
                     (copy, None if name == MLP else int(name))
@@ -259,7 +261,7 @@ class _Sending:
 
         below = np.array([layer for layer, _ in senders])
         heads = [receiver for receiver in self.paths.receivers if receiver[2] != LOGITS]
-        sites = list(dict.fromkeys((layer, name) for layer, _, name in heads))
+        sites = list(dict.fromkeys((layer, name) for layer, _, name in heads if layer > below.min()))
         frozen = self._sent(senders, frozen_heads=True, frozen_mlps=self.paths.freeze_mlps)
         inputs, logits = self.trial.read(sites, frozen, len(senders))
         direct = self.trial.metric_of(logits, "logit_diff").double().cpu().numpy()

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mechanistic.store.errors import DataError, SpecificationError, UsageError
+from mechanistic.store.errors import CaptureError, DataError, SpecificationError, UsageError
 
 from .answers import option_tokens, to_device
 from .batch import Batch, prepare_batch
 from .dataset import Sample
-from .forward import takes
-from .interventions import Edit, ReplaceRows, intervening
+from .interventions import ATTENTION_EDITS, Edit, ReplaceRows, intervening
 from .models import LoadedModel
 from .prompts import Inputs
 from .residual import Halves, LayerProbe
+from .resumed_forward import ResumedForward, plain_logits, prove_resumed_forward
 from .token_table import TokenTexts
 
 Metric = Literal["logit_diff", "prob", "log_prob"]
@@ -43,13 +43,22 @@ class AnswerTokens:
 
 @dataclass(frozen=True)
 class Trial:
-    """Samples, encoded once, to be asked again and again; copies of the batch follow one another."""
+    """Samples, encoded once, to be asked again and again; copies of the batch follow one another.
+
+    `base` are edits of every forward. Where `stream` is known, what goes into each layer in a forward of
+    `stream_copies` copies with the base alone, further edits start their forward at the lowest layer that
+    they change (see `known`). `resumed` is None for a model whose forward cannot be started in its middle.
+    """
 
     loaded: LoadedModel
     batch: Batch
     inputs: Inputs
     answers: AnswerTokens
     halves: Mapping[str, Halves | None]
+    resumed: ResumedForward | None = None
+    base: tuple[Edit, ...] = ()
+    stream: Mapping[int, Tensor] = field(default_factory=dict)
+    stream_copies: int = 1
 
     @property
     def size(self) -> int:
@@ -71,17 +80,21 @@ class Trial:
             for name, value in self.inputs.items()
         }
         last = torch.as_tensor(self.batch.last_prompt, device=self.loaded.model.device).repeat(copies)
-        wanted, place = torch.unique(last, return_inverse=True)
-        arguments: dict[str, Any] = {"use_cache": False}
-        keep = takes(self.loaded.model, "logits_to_keep")
-        if keep:
-            # Logits of the whole vocabulary for every token would be the largest tensor by far.
-            arguments["logits_to_keep"] = wanted
-        with ExitStack() as active:
-            if edits:
-                active.enter_context(intervening(self.loaded, edits, self.halves))
-            logits: Tensor = self.loaded.model(**inputs, **arguments).logits
-        return logits[torch.arange(len(last), device=logits.device), place if keep else last].float()
+        start = first_layer(edits)
+        if start is not None and start in self.stream and self.resumed is not None:
+            hidden = self.stream[start].repeat(copies // self.stream_copies, 1, 1)
+            with intervening(self.loaded, edits, self.halves):
+                return self.resumed.logits(inputs, last, start, hidden)
+        edits = [*self.base, *edits]
+        with intervening(self.loaded, edits, self.halves) if edits else nullcontext():
+            return plain_logits(self.loaded, inputs, last)
+
+    def known(self, edits: Sequence[Edit] = (), copies: int = 1) -> tuple[Trial, Tensor]:
+        """The trial with `edits` as its base, whose forwards need not repeat lower layers; and its logits."""
+        layers = range(len(self.loaded.anatomy.stack("text").layers))
+        seen, logits = self.read([(layer, "resid_pre") for layer in layers], edits, copies)
+        stream = {layer: tensor for (layer, _), tensor in seen.items()}
+        return replace(self, base=(*self.base, *edits), stream=stream, stream_copies=copies), logits
 
     def measure(self, metric: Metric, edits: Sequence[Edit] = (), copies: int = 1) -> Tensor:
         """The metric of every copy of every sample, (copy, sample), float32. Raises like `intervening`."""
@@ -127,6 +140,16 @@ class Keep:
         return tensor
 
 
+def first_layer(edits: Sequence[Edit]) -> int | None:
+    """Where a forward with these edits may start, if anywhere; what is edited at a layer's own input, or
+    measured from it, needs the layer below."""
+    if not edits or any(edit.stack != "text" for edit in edits):
+        return None
+    lowest = min(edit.layer for edit in edits)
+    inside = {edit.site for edit in edits if edit.layer == lowest} - {*ATTENTION_EDITS, "resid_post"}
+    return lowest - 1 if inside else lowest
+
+
 def at_tokens(where: Tensor, copies: int = 1, head: int | None = None) -> tuple[Tensor, ...]:
     """The index of the tokens `where` (sample, token) in every copy; of one head there, if one is named."""
     index: tuple[Tensor, ...] = where.repeat(copies, 1).nonzero(as_tuple=True)
@@ -147,7 +170,7 @@ def prepare_trial(
     start: int = 0,
     foils: Sequence[str | None] | None = None,
     metric: str = "logit_diff",
-    halves: Mapping[str, Halves | None] | None = None,
+    like: Trial | None = None,
 ) -> Trial:
     """Prompt, encode and label samples, and find the tokens of their answers.
 
@@ -155,8 +178,8 @@ def prepare_trial(
     ----------
     foils
         For each sample the wrong answer that its right one is compared with; None, all other options.
-    halves
-        From an earlier trial of the model; absent, one forward finds them.
+    like
+        An earlier trial of the model, which has shown how its layers work; absent, a few forwards show it.
 
     Raises
     ------
@@ -179,8 +202,18 @@ def prepare_trial(
     answers = _answer_tokens(loaded, batch, foils or [None] * len(samples), compared=metric == "logit_diff")
     inputs = to_device(batch.inputs, loaded.model)
     answers = AnswerTokens(*(each.to(loaded.model.device) for each in vars(answers).values()))
-    trial = Trial(loaded, batch, inputs, answers, halves or {})
-    return trial if halves is not None else Trial(loaded, batch, inputs, answers, find_halves(trial))
+    if like is not None:
+        return Trial(loaded, batch, inputs, answers, like.halves, like.resumed)
+    trial = Trial(loaded, batch, inputs, answers, {})
+    return replace(trial, halves=find_halves(trial), resumed=find_resumed(trial))
+
+
+def find_resumed(trial: Trial) -> ResumedForward | None:
+    """How to start the model's forward in its middle; None where that would not be exact."""
+    try:
+        return prove_resumed_forward(trial.loaded, trial.inputs, torch.as_tensor(trial.batch.last_prompt))
+    except CaptureError:
+        return None
 
 
 def find_halves(trial: Trial) -> dict[str, Halves | None]:

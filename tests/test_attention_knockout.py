@@ -128,7 +128,7 @@ def test_adapt_scale__chooses_a_factor_by_confidence() -> None:
         adapt_scale(got, unsure=0.5, sure=3.0, threshold=0.3)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "gemma3", "llava"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "qwen3_vl", "gemma3", "llava", "internvl"])
 def test_attention_knockout__works_on_every_kind_of_decoder_and_leaves_it_as_it_was(name: str) -> None:
     family = ZOO[name]
     model, data = family.build(), zoo_samples(family)[:2]

@@ -118,7 +118,7 @@ def test_attribution_patching__is_the_papers_definition(steps: int) -> None:
         np.testing.assert_allclose(got.attribution[0, layer, 0], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "gemma3", "llava"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "qwen3_vl", "gemma3", "llava", "internvl"])
 def test_attribution_patching__works_on_every_kind_of_decoder_and_leaves_it_as_it_was(name: str) -> None:
     family = ZOO[name]
     model, (sample, *_) = family.build(), zoo_samples(family)

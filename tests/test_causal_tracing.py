@@ -150,7 +150,7 @@ def test_causal_tracing__restoring_everything_recovers_one_and_batches_do_not_ma
     assert whole.attrs["weights_sha256"] == model.weights_sha256
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "gemma3", "llava"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "qwen3_vl", "gemma3", "llava", "internvl"])
 def test_causal_tracing__works_on_every_kind_of_decoder_and_leaves_it_as_it_was(name: str) -> None:
     family = ZOO[name]
     model, data = family.build(), zoo_samples(family)[:2]

@@ -175,7 +175,7 @@ def test_path_patching__a_sender_acts_where_it_is_told_to() -> None:
     assert float(np.abs(there.share).max()) < 0.01
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "gemma3", "llava"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_vl", "qwen3_vl", "gemma3", "llava", "internvl"])
 def test_path_patching__works_on_every_kind_of_decoder(name: str) -> None:
     family = ZOO[name]
     model, (sample, *_) = family.build(), zoo_samples(family)

@@ -108,39 +108,28 @@ def test_steer__scales_and_steers_where_it_is_told_to() -> None:
     np.testing.assert_allclose(together.effect[0], [12], atol=0.03)
 
 
-def test_steer__uses_the_directions_of_a_run(demo_run: Path) -> None:
+def test_steer__finds_class_means_in_use_and_a_probes_direction_not(demo_run: Path) -> None:
     run = open_run(demo_run)
-    means = class_directions(
-        run, target="relation", axes={"to left": ("right", "left"), "to right": ("left", "right")}
-    )
-    how: dict[str, Any] = {"quiet": True, "layers": [2], "batch_size": 16}
-    samples_of_run = _first(run, 16)
-    got = steer(
-        samples_of_run,
-        "spatial-tiny",
-        direction=means["direction"],
-        towards="to right",
-        strengths=[3.0],
-        **how,
-    )
+    given = _first(run, 24)
+    how: dict[str, Any] = {"layers": [3], "batch_size": 24, "quiet": True}
+    means = class_directions(run, target="relation", layer=[3])["class_mean"]
+    centred = means - means.mean("class")
+    right = steer(given, "spatial-tiny", direction=centred, towards="right", strengths=[2.0], **how)
     chosen = [
-        sample.options[choice]
-        for sample, choice in zip(samples_of_run, got.choice[:, 0, 0].values, strict=True)
+        sample.options[choice] for sample, choice in zip(given, right.choice[:, 0, 0].values, strict=True)
     ]
-    assert chosen.count("right") > 4
-    assert chosen.count("left") == 0
-    probe = linear_probe(run, target="relation", layer=[2], repetitions=1)
-    better = steer(
-        samples_of_run,
-        "spatial-tiny",
-        direction=probe["coefficient"],
-        towards="answer",
-        scale="norm",
-        strengths=[0.3],
-        **how,
-    )
-    assert float(better.mean_effect[0, 0]) > 0
-    assert float(better.accuracy[0, 0]) >= float(better.clean_accuracy)
+    assert chosen == ["right"] * 24
+    own = steer(given, "spatial-tiny", direction=centred, towards="answer", strengths=[1.0], **how)
+    assert float(own.mean_effect_low[0, 0]) > 1
+    out = {"mode": "project_out", "strengths": [1.0]}
+    without = steer(given, "spatial-tiny", direction=centred, **out, **how)
+    assert float(without.accuracy[0, 0]) < 0.6
+    assert float(without.clean_accuracy) > 0.9
+    # What reads the answer best is not what the answer is read from.
+    probe = linear_probe(run, target="relation", layer=[3], repetitions=1)
+    still = steer(given, "spatial-tiny", direction=probe["coefficient"], **out, **how)
+    assert float(still.accuracy[0, 0]) > 0.9
+    assert float(probe["accuracy"][0]) > 0.9
 
 
 def _first(run: xr.DataTree, count: int) -> list[Any]:
