@@ -22,6 +22,7 @@ def gradcam(
     samples: Any,
     *,
     target: str | int | tuple[str | int, str | int] | None = None,
+    stack: str = "vision",
     layer: int | None = None,
     relu: bool = True,
     processor: Any = None,
@@ -35,6 +36,8 @@ def gradcam(
     ----------
     model, samples, target, processor
         As in `integrated_gradients`.
+    stack
+        The encoder: Mllama has ``"vision_global"`` besides.
     layer
         True number. None finds the last layer whose patches the target depends on, by gradient: LLaVA reads
         the last layer but one, CLIP of its last layer the class token alone.
@@ -49,10 +52,10 @@ def gradcam(
 
     Raises
     ------
-    SpecificationError  no such layer, or a target that the tokenizer splits or cannot tell apart.
+    SpecificationError  no such layer, no encoder, or a target that the tokenizer splits or cannot tell apart.
     DataError           the target does not depend on the patches of that layer.
     CaptureError        no image encoder, no image, or patches whose place is not known.
-    ModelError          the model gives no logits.
+    ModelError          the model gives no logits, or has no such stack.
     UsageError          no processor, or the model is in training mode.
 
     References
@@ -64,7 +67,7 @@ def gradcam(
 
     loaded = given_model(model, processor, "gradcam(model, samples, processor=processor)")
     given = given_samples(samples)
-    found = [encoder_layer(loaded, sample, place, target, layer) for place, sample in enumerate(given)]
+    found = [encoder_layer(loaded, sample, place, target, stack, layer) for place, sample in enumerate(given)]
     patches = [np.flatnonzero(each.labels["patch_row"] >= 0) for each in found]
     labels = [
         {name: values[rows] for name, values in each.labels.items()}
@@ -86,7 +89,7 @@ def gradcam(
         },
         attrs=_ATTRS,
     )
-    return table.assign_attrs(analysis="gradcam", relu=int(relu), **model_attributes(loaded))
+    return table.assign_attrs(analysis="gradcam", stack=stack, relu=int(relu), **model_attributes(loaded))
 
 
 def _images(labels: Labels) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechanistic.store.errors import CaptureError, DataError, SpecificationError
 
+from .anatomy import Stack
 from .dataset import Sample
 from .models import LoadedModel
 from .residual import first_tensor
@@ -34,7 +35,7 @@ class EncoderLayer:
 
 
 def encoder_layer(
-    loaded: LoadedModel, sample: Sample, sample_index: int, target: Any, layer: int | None
+    loaded: LoadedModel, sample: Sample, sample_index: int, target: Any, stack: str, layer: int | None
 ) -> EncoderLayer:
     """The encoder layer of the given number; None means the last whose patches the answer depends on.
 
@@ -52,14 +53,17 @@ def encoder_layer(
             "There is no image encoder, or the sample has no image for it.",
             "Give a model and a sample with one.",
         )
-    depth = len(loaded.anatomy.stack("vision").layers)
+    encoder = loaded.anatomy.stack(stack)
+    if not encoder.is_encoder:
+        raise SpecificationError(f"'{stack}' does not encode images.", "Choose stack='vision'.")
+    depth = len(encoder.layers)
     if layer is not None and not 0 <= layer < depth:
         raise SpecificationError(
             f"The image encoder has no layer {layer}.",
             f"Its layers are 0 to {depth - 1}; None finds the last used.",
         )
     with frozen(loaded.model):
-        outputs, score = _outputs(asked)
+        outputs, score = _outputs(asked, encoder)
         pieces = [piece for each in outputs for piece in each]
         found = iter(torch.autograd.grad(score, pieces, allow_unused=True))
     gradients = [[next(found) for _ in each] for each in outputs]
@@ -80,10 +84,9 @@ def encoder_layer(
     )
 
 
-def _outputs(asked: TargetedSample) -> tuple[list[list[Tensor]], Tensor]:
+def _outputs(asked: TargetedSample, encoder: Stack) -> tuple[list[list[Tensor]], Tensor]:
     """The outputs of each layer, in the order of its calls, and the target; all in one graph."""
-    stack = asked.loaded.anatomy.stack("vision")
-    outputs: list[list[Tensor]] = [[] for _ in stack.layers]
+    outputs: list[list[Tensor]] = [[] for _ in encoder.layers]
 
     def keep(into: list[Tensor]) -> Callable[[Any, Any, Any], None]:
         return lambda _, args, output: into.append(first_tensor(output))
@@ -91,7 +94,7 @@ def _outputs(asked: TargetedSample) -> tuple[list[list[Tensor]], Tensor]:
     # Parameters are frozen: the graph begins at the pixels.
     pixels = asked.inputs["pixel_values"].detach().clone().requires_grad_()
     with ExitStack() as hooks:
-        for layer, into in zip(stack.layers, outputs, strict=True):
+        for layer, into in zip(encoder.layers, outputs, strict=True):
             hooks.callback(layer.register_forward_hook(keep(into)).remove)
         score = asked.scores(pixel_values=pixels)[0]
     return outputs, score
@@ -101,12 +104,11 @@ def _rows(
     asked: TargetedSample, layer: int, parts: list[Tensor | None] | list[Tensor], like: list[Tensor]
 ) -> NDArray[np.float32]:
     """Tensors of one layer as rows in the order of the encoder's token table; zeros where there is none."""
-    width = asked.loaded.anatomy.stack("vision").width
     rows = [
-        (torch.zeros_like(own) if part is None else part.detach()).reshape(-1, width)
+        (torch.zeros_like(own) if part is None else part.detach()).reshape(-1, own.shape[-1])
         for part, own in zip(parts, like, strict=True)
     ]
-    found: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy() if rows else np.zeros((0, width), "f4")
+    found: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy() if rows else np.zeros((0, 0), "f4")
     if len(found) != len(asked.patches["position"]):
         raise CaptureError(
             f"Layer {layer} of the image encoder gives {len(found)} tokens, of which "

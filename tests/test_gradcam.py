@@ -120,7 +120,9 @@ def test_gradcam__takes_the_last_layer_that_is_read(loaded: LoadedModel) -> None
         loaded.model.config.vision_feature_layer = -1
 
 
-@pytest.mark.parametrize("name", [name for name, each in ZOO.items() if len(each.layers) == 2])
+@pytest.mark.parametrize(
+    "name", [name for name, each in ZOO.items() if {"text", "vision"} <= set(each.layers)]
+)
 def test_gradcam__labels_every_patch_of_every_tile(name: str) -> None:
     family = ZOO[name]
     model, sample = family.build(), zoo_samples(family)[0 if name in ("clip", "siglip") else 1]
@@ -131,9 +133,17 @@ def test_gradcam__labels_every_patch_of_every_tile(name: str) -> None:
         np.testing.assert_array_equal(found[label], table[label][patches])
     assert (found["gradcam"] >= 0).all()
     places = set(zip(found["image_index"].values.tolist(), found["tile"].values.tolist(), strict=True))
-    assert len(places) == {"llava_next": 6, "internvl": 6, "idefics3": 8, "smolvlm": 8}.get(
-        name, len(sample.images)
-    )
+    tiles = {"llava_next": 6, "internvl": 6, "idefics3": 8, "smolvlm": 8, "mllama": 5}
+    assert len(places) == tiles.get(name, len(sample.images))
+
+
+def test_gradcam__of_the_second_encoder_of_mllama() -> None:
+    family = ZOO["mllama"]
+    model, sample = family.build(), zoo_samples(family)[1]
+    found = gradcam(model, sample, stack="vision_global", relu=False)
+    assert found["layer"].item() == 0
+    assert found["gradcam"].values.any()
+    np.testing.assert_array_equal(found["tile"], gradcam(model, sample)["tile"])
 
 
 def test_gradcam__of_a_classifier_takes_a_class() -> None:
@@ -163,6 +173,8 @@ def test_gradcam__leaves_the_model_as_it_was(loaded: LoadedModel) -> None:
 
 
 def test_gradcam__says_what_is_wrong(loaded: LoadedModel) -> None:
+    with pytest.raises(SpecificationError, match="'text' does not encode images"):
+        gradcam(loaded, samples(1)[0], stack="text")
     with pytest.raises(CaptureError, match="no image encoder"):
         gradcam(ZOO["llama"].build(), zoo_samples(ZOO["llama"])[0])
     blank = llava()
