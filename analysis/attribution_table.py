@@ -74,3 +74,8 @@ def attribution_of(dataset: xr.Dataset) -> xr.DataArray:
             "Pass the variable itself: data['NAME'].",
         )
     return dataset[name]
+
+
+def sample_row(attribution: xr.DataArray, sample: int) -> xr.DataArray:
+    """The values of one sample, by its sample_index."""
+    return attribution.isel({attribution.dims[-1]: attribution["sample_index"].values == sample})

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     from mechanistic.capture.cli import add_commands as add_capture_commands
 
+    from .attribute import add_command as add_attribute_command
+
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="mechanistic", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=formatter
@@ -58,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_analyze(commands)
     _add_compare(commands)
+    add_attribute_command(commands)
     add_capture_commands(commands)
     add_store_commands(commands)
     for command in commands.choices.values():

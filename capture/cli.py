@@ -186,7 +186,7 @@ def _capture(args: argparse.Namespace) -> int:
     if args.engine_option:
         loading["engine"] = engine_options(args.engine_option)
     # torch and transformers load here, after everything that can be refused without them.
-    _require_libraries(quiet=args.quiet)
+    require_libraries(quiet=args.quiet)
     from .job import capture_run, price_run
 
     settings: dict[str, Any] = {
@@ -233,7 +233,7 @@ def _repair(args: argparse.Namespace) -> int:
         num_samples=about["num_samples"],
         seed=capture["seed"],
     )
-    _require_libraries(quiet=True)
+    require_libraries(quiet=True)
     from .models import load_model
     from .repair import repair_run
 
@@ -263,13 +263,14 @@ def _check_parts(args: argparse.Namespace) -> None:
         )
 
 
-def _require_libraries(*, quiet: bool) -> None:
+def require_libraries(*, quiet: bool) -> None:
+    """UsageError unless a model can be loaded; `quiet`, or with output to a file, without progress bars."""
     try:
         import torch  # noqa: F401
         import transformers
     except ImportError as cause:
         raise UsageError(
-            f"Capturing needs torch and transformers; {cause.name or 'one of them'} is not installed.",
+            f"This needs torch and transformers; {cause.name or 'one of them'} is not installed.",
             'Install them: pip install "mechanistic[capture]"',
         ) from cause
     if quiet or not sys.stderr.isatty():

@@ -77,9 +77,15 @@ def target_sample(loaded: LoadedModel, sample: Sample, sample_index: int, target
     Raises
     ------
     UsageError            the model is in training mode.
-    ModelError            the model has neither logits nor a similarity of text and image.
+    ModelError            the model has neither logits nor a similarity of text and image, or it does not run
+                          on transformers.
     SpecificationError    the target is no logit of this model.
     """
+    if loaded.engine is not None:
+        raise ModelError(
+            f"'{loaded.name}' runs on {loaded.backend}, which keeps no gradients.",
+            "Load the same model through transformers.",
+        )
     if loaded.model.training:
         raise UsageError(
             f"{type(loaded.model).__name__} is in training mode, in which its answers are random.",

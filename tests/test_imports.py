@@ -17,6 +17,7 @@ MAY_CALL_CAPTURE = {
     "analysis/answer_pairs.py",
     "analysis/attention_knockout.py",
     "analysis/attention_relevancy.py",
+    "analysis/attribute.py",
     "analysis/attribution_patching.py",
     "analysis/causal_tracing.py",
     "analysis/cli.py",

@@ -1,0 +1,67 @@
+"""`mechanistic attribute`: attributions of a dataset by name, with numbers and pictures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from mechanistic.analysis import attention_relevancy, attribution_sparsity
+from mechanistic.analysis.attribute import METHODS
+from mechanistic.analysis.cli import main
+from mechanistic.capture import Shapes, load_model
+
+ASK = [
+    "--model-name",
+    "spatial-tiny",
+    "--dataset",
+    "shapes",
+    "--num-samples",
+    "2",
+    "--steps",
+    "4",
+    "--pictures",
+    "1",
+    "--output-dir",
+]
+
+
+def test_attribute__every_method_writes_its_result(tmp_path: Path) -> None:
+    assert main(["attribute", *METHODS, *ASK, str(tmp_path)]) == 0
+    for name in METHODS:
+        stored = xr.open_zarr(tmp_path / f"{name}.zarr", consolidated=False)
+        assert stored.attrs["model"] == "spatial-tiny"
+        assert stored.sizes["sample"] == 2
+        pictures = sorted(path.name for path in tmp_path.glob(f"{name}_*.png"))
+        assert pictures == ([] if name == "words" else [f"{name}_0.png"])
+    expected = attention_relevancy(load_model("spatial-tiny"), Shapes(2))["attention_relevancy"]
+    stored = xr.open_zarr(tmp_path / "relevancy.zarr", consolidated=False)
+    np.testing.assert_allclose(stored["attention_relevancy"], expected, rtol=0, atol=1e-7)
+    with (tmp_path / "relevancy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    image = expected.isel(token=expected["kind"].values == 1)
+    gini = attribution_sparsity(image)["attribution_gini"].values
+    np.testing.assert_allclose([float(row["attribution_gini"]) for row in rows], gini, rtol=1e-5)
+    assert [row["target"] for row in rows] == ["left - above", "right - above"]
+
+
+def test_attribute__of_a_chosen_target(tmp_path: Path) -> None:
+    command = ["attribute", "gradcam", *ASK, str(tmp_path), "--target", "left", "right"]
+    assert main(command) == 0
+    with (tmp_path / "gradcam.csv").open() as file:
+        assert {row["target"] for row in csv.DictReader(file)} == {"left - right"}
+    assert main(command) == 0, "a second time replaces the first"
+
+
+def test_attribute__names_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, said in (
+        (["nonsense"], "The methods are: pixels, image-tokens"),
+        (["pixels", "--target", "left", "right", "above"], "one word or two, not 3"),
+        (["pixels", "--baseline", "black"], "no baseline 'black'"),
+        (["pixels", "--model-name", "nobody"], "no model 'nobody'"),
+    ):
+        assert main(["attribute", *ASK, str(tmp_path), *wrong]) == 2
+        assert said in capsys.readouterr().err
