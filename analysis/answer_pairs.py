@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError, DimensionError
 
-from .experiment import Experiment
+from .experiment import Experiment, trial_masks
 from .minimal_pairs import minimal_pairs
+from .token_places import BACKGROUND
 
 if TYPE_CHECKING:
     from mechanistic.capture.trial import Trial
@@ -132,6 +133,14 @@ def pair_trials(
                     "Positions must correspond: use pairs of one length, or `patch` with roles.",
                 )
         yield where, base, replace(source, answers=base.answers)
+
+
+def pair_masks(base: Trial, source: Trial, places: Sequence[str | int]) -> NDArray[np.bool_]:
+    """Which tokens of a batch of pairs are at each place, (place, sample, token): at the place in either run,
+    since things stand elsewhere in the other image; of the background in both. Raises like `place_masks`."""
+    own, other = trial_masks(base, places), trial_masks(source, places)
+    both = np.array([place == BACKGROUND for place in places])[:, None, None]
+    return np.where(both, own & other, own | other)
 
 
 def _minimal(experiment: Experiment) -> list[tuple[int, int]]:

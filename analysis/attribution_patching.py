@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import ModelError, SpecificationError
 
-from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs
-from .experiment import begin, chosen_layers, place_names, places_of, trial_masks, with_mean
+from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs, pair_masks
+from .experiment import begin, chosen_layers, place_names, places_of, with_mean
 
 Method = Literal["gradient", "integrated"]
 Direction = Literal["denoise", "noise"]
@@ -73,8 +73,9 @@ def attribution_patching(
     pairs, min_difference
         As in `path_patching`.
     places
-        Tokens that are patched together, as in `causal_tracing`; by default all of them for sites with
-        heads, and every role that all samples have for the others.
+        Tokens that are patched together, as in `causal_tracing`: where they are in either run, the
+        background in both. By default all tokens for sites with heads, and every role that all samples have
+        for the others.
     method
         ``"gradient"``: at the run that is patched. ``"integrated"``: the mean of gradients at `steps` inputs
         on the straight line to the other run's decoder inputs.
@@ -179,7 +180,7 @@ def _estimates(pairs: AnswerPairs, screen: _Screen, batch_size: int, quiet: bool
                 other, _ = source.read([*sites, (0, "resid_pre")] if (0, "resid_pre") not in sites else sites)
             ends = Steps(screen.steps, other[0, "resid_pre"]) if screen.method == "integrated" else Steps()
             slopes = effect_gradients(base, sites, "logit_diff", ends)
-            masks = torch.from_numpy(trial_masks(base, screen.places)).double()
+            masks = torch.from_numpy(pair_masks(base, source, screen.places)).double()
             for place, name in enumerate(sites):
                 change = (other[name].double() - own[name].double()) * slopes[name].double()
                 # Sum over features, then over the tokens of each place.
@@ -209,7 +210,7 @@ def _exact(
             before = base.metric_of(logits, "logit_diff")[0].double()
             states, _ = source.read(sites)
             progress.step()
-            masks = torch.from_numpy(trial_masks(base, screen.places))
+            masks = torch.from_numpy(pair_masks(base, source, screen.places))
             for number in candidates:
                 layer, place, *head = np.unravel_index(int(number), screen.shape)
                 name = sites[int(layer)]

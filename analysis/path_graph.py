@@ -99,17 +99,22 @@ def plot_path_graph(
         places |= {name: (place - (len(here) - 1) / 2, float(layer)) for place, name in enumerate(here)}
     figure, ax = new_axes(ax, (5.4, 1.2 + 0.8 * len(np.unique(layers))))
     widest = float(np.abs(graph["share"].values).max())
-    for source, target, name, share in zip(
-        *(graph[key].values for key in ("source", "target", "input", "share")), strict=True
-    ):
-        start, stop = places[str(source)], places[str(target)]
-        style = {"color": BLUE if share > 0 else VERMILLION, "lw": 0.5 + 3.5 * abs(float(share)) / widest}
-        ax.annotate("", stop, start, arrowprops={"arrowstyle": "-|>", "shrinkA": 12, "shrinkB": 12, **style})
+    columns = (graph[key].values for key in ("source", "target", "input", "share"))
+    for source, target, name, share in zip(*columns, strict=True):
         label = f"{share:.2f}" if name == LOGITS else f"{name} {share:.2f}"
-        middle = tuple((np.add(start, stop) / 2).tolist())
-        ax.annotate(label, (middle[0], middle[1]), fontsize=8, color=GREY, ha="left")
+        colour, width = (BLUE if share > 0 else VERMILLION), 0.5 + 3.5 * abs(float(share)) / widest
+        _draw_edge(ax, places[str(source)], places[str(target)], label, colour, width)
     for name, (x, y) in places.items():
-        ax.text(x, y, name, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "fc": "white"})
+        ax.text(
+            x,
+            y,
+            name,
+            ha="center",
+            va="center",
+            fontsize=9,
+            zorder=4,
+            bbox={"boxstyle": "round", "fc": "white"},
+        )
     reach = max(abs(x) for x, _ in places.values()) + 0.8
     ax.set_xlim(-reach, reach)
     ax.set_ylim(float(layers.min()) - 0.5, float(layers.max()) + 0.5)
@@ -120,3 +125,25 @@ def plot_path_graph(
     ax.set_title(title, fontsize=10)
     save(figure, save_path)
     return figure, ax
+
+
+def _draw_edge(
+    ax: Axes, start: tuple[float, float], stop: tuple[float, float], label: str, colour: str, width: float
+) -> None:
+    """A curve upwards; one that passes a layer swings to the right of it."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Curve
+
+    swing = 0.9 * (stop[1] - start[1] - 1)
+    middle = ((start[0] + stop[0]) / 2 + swing, (start[1] + stop[1]) / 2)
+    curve = Curve([start, middle, stop], [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3])
+    ax.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linewidth=width, zorder=1))
+    # Nearer to the source than to the middle, where lines cross.
+    along = 0.36
+    weights = ((1 - along) ** 2, 2 * along * (1 - along), along**2)
+    x, y = (
+        sum(w * v for w, v in zip(weights, three, strict=True))
+        for three in zip(start, middle, stop, strict=True)
+    )
+    box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
+    ax.text(x, y, label, fontsize=8, color=GREY, ha="center", va="center", zorder=3, bbox=box)

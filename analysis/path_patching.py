@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import SpecificationError
 
-from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs
-from .experiment import begin, trial_masks, with_mean
+from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs, pair_masks
+from .experiment import begin, with_mean
 from .token_places import place_name
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class _Sending:
         base, _ = base.known()
         clean, logits = base.read(sites)
         corrupt, _ = source.read(sites)
-        where = torch.from_numpy(trial_masks(base, [paths.place])[0])
+        where = torch.from_numpy(pair_masks(base, source, [paths.place])[0])
         value = base.metric_of(logits, "logit_diff")[0].double().cpu().numpy()
         return cls(base, paths, clean, corrupt, where, value)
 
