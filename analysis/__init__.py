@@ -47,6 +47,7 @@ from .plot_layers import plot_layers
 from .plot_logit_lens import plot_logit_lens
 from .plot_mds import plot_mds
 from .plot_multi_head_attention import plot_multi_head_attention
+from .plot_pixel_attribution import plot_pixel_attribution
 from .plot_probe import plot_probe
 from .plot_rdm import plot_rdm
 from .principal_components import principal_components
@@ -56,6 +57,7 @@ from .rdm_store import open_dissimilarity
 from .sample_image import sample_image
 from .splits import sample_means, summarize, with_samples
 from .steering import steer
+from .swapped_pairs import swapped_pairs
 from .text_hops import text_hops
 from .token_selection import select_layers, select_tokens
 from .two_hop import two_hop
@@ -113,6 +115,7 @@ __all__ = [
     "plot_mds",
     "plot_multi_head_attention",
     "plot_path_graph",
+    "plot_pixel_attribution",
     "plot_probe",
     "plot_rdm",
     "principal_components",
@@ -127,6 +130,7 @@ __all__ = [
     "select_tokens",
     "steer",
     "summarize",
+    "swapped_pairs",
     "text_hops",
     "two_hop",
     "with_samples",

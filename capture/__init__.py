@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activation_cache import ActivationCache
     from .attention_cache import AttentionCache
+    from .corruptions import corrupt_images
     from .cross_attention import extract_cross_attention
     from .dataset import Dataset, Sample
     from .job import CaptureSummary, capture_run, price_run
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationCache": "activation_cache",
     "AttentionCache": "attention_cache",
+    "corrupt_images": "corruptions",
     "extract_cross_attention": "cross_attention",
     "Dataset": "dataset",
     "Sample": "dataset",
@@ -37,6 +39,7 @@ __all__ = [
     "Sample",
     "Shapes",
     "capture_run",
+    "corrupt_images",
     "extract_cross_attention",
     "load_model",
     "price_run",

@@ -28,6 +28,7 @@ MAY_CALL_CAPTURE = {
     "analysis/intervention_sweep.py",
     "analysis/path_patching.py",
     "analysis/steering.py",
+    "analysis/swapped_pairs.py",
 }
 
 
