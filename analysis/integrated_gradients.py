@@ -73,7 +73,7 @@ def integrated_gradients(
         of all samples end to end, labelled as in a run: sample_index, image_index, tile, patch_row,
         patch_col, box_x0 to box_y1; tokens also with token_text and in_word.
     pixel_attribution (canvas, y, x), float32, logit; to pixels only: sums over channels; a canvas is an image
-        as it was processed, or a tile of it; NaN beyond its edge.
+        as it was processed, or a tile of it; NaN beyond its edge. `plot_pixel_attribution` draws it.
     score, baseline_score (sample), float64, logit.
     completeness_gap (sample), float64, logit: the sum of the attribution less (score - baseline_score), 0 for
         the exact integral; completeness_gap_relative (sample): its size divided by that of the difference,
@@ -113,7 +113,7 @@ def integrated_gradients(
         attrs=_ATTRS,
     )
     if to == "pixels":
-        table = table.merge(_pixel_maps(found))
+        table = table.merge(_pixel_maps(found)).assign_attrs(patch_size=found[0].patch)
     return table.assign_attrs(
         analysis="integrated_gradients",
         to=to,

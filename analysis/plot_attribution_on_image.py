@@ -18,6 +18,7 @@ from .plot_attention_on_image import image_pixels, labelled_row, one_sample, pic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 
@@ -64,7 +65,7 @@ def plot_attribution_on_image(
     if isinstance(attribution, xr.Dataset):
         attribution = attribution_of(attribution)
     if isinstance(attribution, xr.DataArray) and boxes is None and num_patches is None:
-        label = label or _label(attribution)
+        label = label or attribution_label(attribution)
         attribution, boxes = labelled_row(one_sample(attribution, sample), image_index, tile)
     values = plain_array(attribution)
     if values.ndim != 1 or not values.size:
@@ -90,7 +91,19 @@ def plot_attribution_on_image(
     return figure, ax
 
 
-def _label(attribution: xr.DataArray) -> str:
+def signed_ramp(values: NDArray[Any], alpha: float) -> tuple[Colormap, tuple[float, float]]:
+    """Two colours, the more opaque the larger, and their limits; one where nothing speaks against."""
+    from matplotlib.colors import ListedColormap, to_rgb
+
+    steps = np.linspace(0, alpha, 128)
+    against = [(*to_rgb(BLUE), opacity) for opacity in steps[::-1]] if values.min() < 0 else []
+    ramp = ListedColormap([*against, *((*to_rgb(VERMILLION), opacity) for opacity in steps)])
+    largest = float(np.abs(values).max()) or 1.0
+    return ramp, (-largest if against else 0, largest)
+
+
+def attribution_label(attribution: xr.DataArray) -> str:
+    """What the colours of an attribution mean, for its colour bar."""
     name = str(attribution.attrs.get("long_name", attribution.name or "attribution"))
     units = attribution.attrs.get("units", "1")
     return name if units == "1" else f"{name} ({units})"
@@ -99,18 +112,13 @@ def _label(attribution: xr.DataArray) -> str:
 def _overlay(
     figure: Figure, ax: Axes, values: NDArray[Any], places: NDArray[Any], alpha: float, label: str
 ) -> None:
-    """Two colours, the more opaque the larger; one of them where nothing speaks against the answer."""
     from matplotlib.collections import PatchCollection
-    from matplotlib.colors import ListedColormap, to_rgb
     from matplotlib.patches import Rectangle
 
-    steps = np.linspace(0, alpha, 128)
-    against = [(*to_rgb(BLUE), opacity) for opacity in steps[::-1]] if values.min() < 0 else []
-    ramp = ListedColormap([*against, *((*to_rgb(VERMILLION), opacity) for opacity in steps)])
+    ramp, limits = signed_ramp(values, alpha)
     cells = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places.tolist()]
     overlay = PatchCollection(cells, cmap=ramp, linewidth=0, antialiased=False)
     overlay.set_array(values)
-    largest = float(np.abs(values).max()) or 1.0
-    overlay.set_clim(-largest if against else 0, largest)
+    overlay.set_clim(*limits)
     ax.add_collection(overlay)
     figure.colorbar(overlay, ax=ax, label=label)

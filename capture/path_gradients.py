@@ -57,8 +57,8 @@ class Path:
 class PathIntegral:
     """The attribution of each labelled row, and the target at both ends of the path.
 
-    `maps` are, to pixels, the attribution of each pixel of each canvas (y, x), and `places` their images and
-    tiles.
+    `maps` are, to pixels, the attribution of each pixel of each canvas (y, x), `places` their images and
+    tiles, and `patch` the side of the encoder's patches on them.
     """
 
     values: NDArray[np.float32]
@@ -69,6 +69,7 @@ class PathIntegral:
     total: float
     maps: tuple[NDArray[np.float32], ...] = ()
     places: tuple[tuple[int, int], ...] = ()
+    patch: int = 0
 
 
 def path_integral(
@@ -104,6 +105,7 @@ def _to_pixels(asked: TargetedSample, path: Path) -> PathIntegral:
         float(found.double().sum()),
         maps,
         canvases.places,
+        canvases.patch,
     )
 
 

@@ -168,6 +168,9 @@ def test_gradcam__leaves_the_model_as_it_was(loaded: LoadedModel) -> None:
     sample = samples(1)[0]
     with unchanged(loaded, sample):
         gradcam(loaded, sample)
+    broken = mock.patch("torch.autograd.grad", side_effect=RuntimeError("broken"))
+    with unchanged(loaded, sample), broken, pytest.raises(RuntimeError, match="broken"):
+        gradcam(loaded, sample)
     with unchanged(loaded, sample), pytest.raises(SpecificationError, match=r"layers are 0 to 1"):
         gradcam(loaded, sample, layer=7)
 
