@@ -44,6 +44,7 @@ def ablate(
     samples: Any,
     model: Any,
     *,
+    stack: Literal["text", "vision"] = "text",
     site: str = "z",
     method: Method = "mean",
     layers: int | Sequence[int] | None = None,
@@ -61,6 +62,9 @@ def ablate(
     ----------
     samples, model
         As in `causal_tracing`.
+    stack
+        ``"text"``: the decoder; ``"vision"``: the image encoder, whose components can be silenced for all
+        patches (``method="zero"``, ``place="all"``).
     site
         z (head by head), attn_out, mlp_out, resid_post.
     method
@@ -106,10 +110,15 @@ def ablate(
             f"There is one sample only, and '{method}' ablation takes from others.",
             "Give more samples, or method='zero'.",
         )
+    if stack == "vision" and (method != "zero" or place != "all"):
+        raise SpecificationError(
+            f"The image encoder cannot be ablated by '{method}' at '{place_name(place)}'.",
+            "Silence it for all patches: stack='vision', method='zero', place='all'.",
+        )
     how = Measuring(metric, batch_size, level, seed, quiet)
-    plan = _Plan(site, method, tuple(chosen_layers(experiment, layers)), place, metric, seed)
+    plan = _Plan(site, method, tuple(chosen_layers(experiment, layers, stack)), place, metric, seed)
     coords: dict[str, Any] = {"layer": np.array(plan.layers, np.int32)}
-    chosen = chosen_heads(experiment, heads)
+    chosen = chosen_heads(experiment, heads, stack)
     if site == "z":
         coords["head"] = np.array(chosen, np.int32)
     states = _states(experiment, plan, batch_size)
@@ -118,20 +127,25 @@ def ablate(
         import torch
 
         from mechanistic.capture.interventions import Edit
+        from mechanistic.capture.silenced import Silenced
         from mechanistic.capture.trial import put_back
 
         mask = torch.from_numpy(trial_masks(trial, [place])[0])
-        values = states(where, trial)
+        values = {} if stack == "vision" else states(where, trial)
 
         def of(index: tuple[int, ...]) -> list[Any]:
             name = plan.sites[index[0]]
             head = chosen[index[1]] if site == "z" else None
+            if stack == "vision":
+                return [Edit("vision", *name, Silenced(head))]
             return [Edit("text", *name, put_back(values[name], mask, head=head))]
 
         return of
 
     result = intervention_sweep(experiment, InterventionGrid("ablated", coords, edits), how)
-    return result.assign_attrs(analysis="ablate", site=site, method=method, place=place_name(place))
+    return result.assign_attrs(
+        analysis="ablate", stack=stack, site=site, method=method, place=place_name(place)
+    )
 
 
 def _states(experiment: Experiment, plan: _Plan, batch_size: int) -> Callable[[slice, Trial], States]:

@@ -105,6 +105,28 @@ def test_ablate__works_on_every_kind_of_decoder(name: str) -> None:
     np.testing.assert_allclose(whole.ablated, together.ablated, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "gemma3", "llava", "internvl"])
+def test_ablate__silences_heads_of_the_image_encoder(name: str) -> None:
+    family = ZOO[name]
+    model, data = family.build(), zoo_samples(family)[:2]
+    how: dict[str, Any] = {"stack": "vision", "method": "zero", "quiet": True}
+    heads = ablate(data, model, **how)
+    vision = model.anatomy.stack("vision")
+    assert heads.effect.shape == (2, len(vision.layers), vision.heads)
+    assert float(np.abs(heads.effect).min(["sample"]).max()) > 0
+    # A head that says nothing is one whose columns of the output projection are zero.
+    layer = vision.layers[0]
+    projection = next(
+        module
+        for path, module in layer.named_modules()
+        if path.split(".")[-1] in ("out_proj", "proj", "projection_layer", "o_proj") and "mlp" not in path
+    )
+    with torch.no_grad():
+        projection.weight[:, vision.head_width : 2 * vision.head_width] = 0
+    by_hand = ablate(data, model, site="mlp_out", layers=[0], method="zero", quiet=True)
+    np.testing.assert_allclose(by_hand.clean, heads.ablated.sel(layer=0, head=1), atol=1e-5)
+
+
 def test_ablate__refuses_what_does_not_correspond() -> None:
     model, data = llava(), samples(2)
     kwargs: dict[str, Any] = {"quiet": True}
@@ -120,5 +142,9 @@ def test_ablate__refuses_what_does_not_correspond() -> None:
         ablate(data, model, site="mlp_out", heads=[0], **kwargs)
     with pytest.raises(SpecificationError, match="no head 4; the decoder has 4"):
         ablate(data, model, heads=[4], **kwargs)
+    with pytest.raises(SpecificationError, match="no head 3; the vision stack has 3"):
+        ablate(data, model, stack="vision", method="zero", heads=3, **kwargs)
+    with pytest.raises(SpecificationError, match="image encoder cannot be ablated by 'mean' at 'all'"):
+        ablate(data, model, stack="vision", **kwargs)
     with pytest.raises(SpecificationError, match="batch_size is 0"):
         ablate(data, model, method="zero", batch_size=0, **kwargs)
