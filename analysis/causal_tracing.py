@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store.errors import ModelError, SpecificationError
+from mechanistic.store.errors import SpecificationError
 
+from .embedding_statistics import embedding_statistics
 from .experiment import (
     UNITS,
     Experiment,
@@ -120,7 +121,7 @@ def causal_tracing(
     experiment = begin(model, samples)
     _check(sites, corruption, noise_scale, noise_samples, window)
     numbers, named = chosen_layers(experiment, layers), places_of(experiment, places)
-    spread, mean = _embedding_statistics(experiment, corrupt, batch_size, metric)
+    spread, mean = embedding_statistics(experiment, corrupt, batch_size, metric)
     sweep = _Sweep(
         corrupt=corrupt,
         corruption=corruption,
@@ -170,39 +171,6 @@ def _check(sites: Sequence[str], corruption: str, scale: float, copies: int, win
         raise SpecificationError(
             f"noise_scale={scale}, noise_samples={copies}, window={window}, {len(sites)} sites.",
             "The scale is above 0, the others are 1 or more: noise_scale=3.0, noise_samples=10, window=1.",
-        )
-
-
-def _embedding_statistics(
-    experiment: Experiment, corrupt: str, batch_size: int, metric: Metric
-) -> tuple[float, NDArray[np.float32]]:
-    """Standard deviation over all numbers, and mean (d_model), of the chosen tokens' embeddings."""
-    import torch
-
-    rows = []
-    for _, trial in experiment.trials(batch_size, metric):
-        _require_reachable(experiment.loaded, trial, corrupt)
-        mask = torch.from_numpy(trial_masks(trial, [corrupt])[0])
-        with torch.no_grad():
-            seen, _ = trial.read([(0, "resid_pre")])
-        rows.append(seen[0, "resid_pre"].float().cpu()[mask].numpy())
-    every = np.concatenate(rows)
-    # Over n - 1, as the authors' torch.std counts.
-    return float(every.std(dtype=np.float64, ddof=1)), every.mean(0)
-
-
-def _require_reachable(loaded: Any, trial: Trial, corrupt: str) -> None:
-    from mechanistic.capture.decoder_inputs import DEEPSTACK
-    from mechanistic.capture.forward import takes
-
-    images = [table["kind"] == 1 for table in trial.batch.decoder]
-    chosen = trial_masks(trial, [corrupt])[0]
-    spoiled = any(chosen[row, : len(image)][image].any() for row, image in enumerate(images))
-    if spoiled and takes(loaded.model.get_decoder(), DEEPSTACK):
-        raise ModelError(
-            f"{type(loaded.model).__name__} adds image features in higher layers too, which noise on its "
-            "embeddings leaves clean.",
-            "Corrupt the pixels instead, with corrupt_images, and patch between the pairs.",
         )
 
 

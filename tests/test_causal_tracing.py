@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,8 +19,10 @@ from zoo import ZOO
 from zoo import samples as zoo_samples
 
 from mechanistic.analysis import causal_tracing, plot_causal_tracing
+from mechanistic.analysis.intervals import bootstrap_interval
 from mechanistic.capture.answers import to_device
 from mechanistic.capture.batch import prepare_batch
+from mechanistic.capture.forward_progress import ForwardProgress
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store.errors import DataError, ModelError, SpecificationError
@@ -148,6 +152,27 @@ def test_causal_tracing__restoring_everything_recovers_one_and_batches_do_not_ma
     np.testing.assert_allclose(alone.corrupted, whole.corrupted, atol=1e-6)
     assert whole.attrs["dataset"] == "listed"
     assert whole.attrs["weights_sha256"] == model.weights_sha256
+
+
+def test_causal_tracing__intervals_draw_sets_together() -> None:
+    data = [replace(sample, group=f"set {number // 3}") for number, sample in enumerate(samples(6))]
+    got = causal_tracing(data, llava(), sites=["resid_post"], places=["last"], seed=4, **PLAIN)
+    values = got.indirect_effect.transpose(..., "sample").values
+    clusters = np.array([sample.group for sample in data])
+    low, high = bootstrap_interval(values, clusters=clusters, seed=4)
+    np.testing.assert_allclose(got.average_indirect_effect_low, low)
+    np.testing.assert_allclose(got.average_indirect_effect_high, high)
+    np.testing.assert_allclose(got.average_indirect_effect, values.mean(-1))
+
+
+def test_forward_progress__says_how_long_it_takes_still() -> None:
+    stream = io.StringIO()
+    progress = ForwardProgress(10, stream=stream)
+    for _ in range(4):
+        progress.step()
+    assert re.fullmatch(r"4/10 forwards  [\d.]+ forwards/s  .+ left", progress.line())
+    # Half a minute is not over.
+    assert stream.getvalue() == ""
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_vl", "qwen3_vl", "gemma3", "llava", "internvl"])

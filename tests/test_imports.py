@@ -22,6 +22,7 @@ MAY_CALL_CAPTURE = {
     "analysis/causal_tracing.py",
     "analysis/cli.py",
     "analysis/demo.py",
+    "analysis/embedding_statistics.py",
     "analysis/experiment.py",
     "analysis/gradcam.py",
     "analysis/integrated_gradients.py",
