@@ -121,13 +121,10 @@ def _first_tokens(words: Sequence[str], prompt: str, tokenizer: Any) -> list[int
 
 
 def _pieces(word: str, prompt: str, tokenizer: Any) -> int:
-    tail = prompt[-32:]
-    joint = "" if prompt[-1:].isspace() else " "
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return count(tail + joint + word) - count(tail)
+    """How many tokens the word is behind the prompt, by their characters."""
+    ahead = prompt[-32:] + ("" if prompt[-1:].isspace() else " ")
+    encoded = tokenizer(ahead + word, add_special_tokens=False, return_offsets_mapping=True)
+    return sum(end > max(start, len(ahead)) for start, end in encoded["offset_mapping"])
 
 
 def _name(number: int, tokenizer: Any, labels: dict[str, int]) -> str:
