@@ -21,6 +21,7 @@ analyse them for ever after on CPUs; go back to the model only for causal work.
   mechanistic capture --plan ...      what a capture will cost, before it runs
   mechanistic info RUN                what is inside a store
   mechanistic analyze RUN mass probe  numbers and pictures from a store, without the model
+  mechanistic attention_maps ...      capture and pictures of attention, in one command
   mechanistic compare RUN_A RUN_B     how far two runs of the same samples are apart, as a certificate
 """
 EXIT_CODES = (
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     from mechanistic.capture.cli import add_commands as add_capture_commands
 
     from .attribute import add_command as add_attribute_command
+    from .experiments import add_commands as add_experiment_commands
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_analyze(commands)
     _add_compare(commands)
     add_attribute_command(commands)
+    add_experiment_commands(commands)
     add_capture_commands(commands)
     add_store_commands(commands)
     for command in commands.choices.values():
