@@ -48,7 +48,7 @@ def attention_knockout(
     edges
         (query, key) places, see `causal_tracing`; every token of one no longer sees any of the other.
     window
-        Layers closed together around the one named, as in `causal_tracing`; the number of layers and more
+        Layers closed together around the one named, as in `causal_tracing`; twice the number of layers
         closes all of them.
     heads, per_head
         The heads that are closed, all by default: together, or with `per_head` one at a time.

@@ -97,6 +97,9 @@ def causal_tracing(
         ``"prob"`` of the right answer's first token (ROME's), ``"log_prob"``, or
         ``"logit_diff"``: its logit less the mean of the other options'.
 
+    batch_size
+        Rows of a forward: samples times noise samples.
+
     Returns
     -------
     clean, corrupted, total_effect (sample), float64, units of the metric.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +25,15 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model, the samples that it is asked, and the attributes that say so."""
+    """A model, the samples that it is asked, and the attributes that say so.
+
+    `first` holds the first trial of the model, which has shown how its layers work, for the others.
+    """
 
     loaded: Any
     samples: tuple[Any, ...]
     attrs: dict[str, Any]
+    first: list[Trial] = field(default_factory=list, compare=False)
 
     @property
     def layers(self) -> int:
@@ -45,7 +49,20 @@ class Experiment:
         self, batch_size: int, metric: Metric, foils: Sequence[str | None] | None = None
     ) -> Iterator[tuple[slice, Trial]]:
         """The samples in batches, each with its place among all. Raises like `prepare_trial`."""
-        yield from _trials(self.loaded, self.samples, batch_size, metric, foils)
+        from mechanistic.capture.trial import prepare_trial
+
+        if batch_size < 1:
+            raise SpecificationError(f"batch_size is {batch_size}.", "Give 1 or more.")
+        for start in range(0, len(self.samples), batch_size):
+            where = slice(start, min(start + batch_size, len(self.samples)))
+            own = None if foils is None else foils[where]
+            like = self.first[0] if self.first else None
+            trial = prepare_trial(
+                self.loaded, self.samples[where], start=start, foils=own, metric=metric, like=like
+            )
+            if like is None:
+                self.first.append(trial)
+            yield where, trial
 
     def coordinates(self, dim: str = "sample") -> dict[str, Any]:
         """The labels of the samples along `dim`."""
@@ -53,21 +70,6 @@ class Experiment:
             "sample_id": (dim, [each.sample_id for each in self.samples]),
             "relation": (dim, [each.relation for each in self.samples]),
         }
-
-
-def _trials(
-    loaded: Any, samples: Sequence[Any], batch_size: int, metric: Metric, foils: Sequence[str | None] | None
-) -> Iterator[tuple[slice, Trial]]:
-    from mechanistic.capture.trial import prepare_trial
-
-    if batch_size < 1:
-        raise SpecificationError(f"batch_size is {batch_size}.", "Give 1 or more.")
-    trial = None
-    for start in range(0, len(samples), batch_size):
-        where = slice(start, min(start + batch_size, len(samples)))
-        own = None if foils is None else foils[where]
-        trial = prepare_trial(loaded, samples[where], start=start, foils=own, metric=metric, like=trial)
-        yield where, trial
 
 
 def begin(model: Any, samples: Any) -> Experiment:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mechanistic.store.errors import CaptureError, DataError, SpecificationError, UsageError
+from mechanistic.store.errors import CaptureError, DataError, ModelError, SpecificationError, UsageError
 
 from .answers import option_tokens, to_device
 from .batch import Batch, prepare_batch
@@ -19,13 +19,10 @@ from .interventions import ATTENTION_EDITS, Edit, ReplaceRows, intervening
 from .models import LoadedModel
 from .prompts import Inputs
 from .residual import Halves, LayerProbe
-from .resumed_forward import ResumedForward, plain_logits, prove_resumed_forward
+from .resumed_forward import TOLERANCE, ResumedForward, plain_logits, prove_resumed_forward
 from .token_table import TokenTexts
 
 Metric = Literal["logit_diff", "prob", "log_prob"]
-
-# Share of a layer's largest value by which two children may miss adding up to it, by dtype.
-_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 @dataclass(frozen=True)
@@ -187,6 +184,7 @@ def prepare_trial(
     DataError             a sample has no answer, or nothing to compare it with, or an answer has no token of
                           its own.
     UsageError            the model is in training mode.
+    ModelError            it computes in another dtype than float32, float16 and bfloat16.
     """
     if metric not in get_args(Metric):
         raise SpecificationError(
@@ -196,6 +194,11 @@ def prepare_trial(
         raise UsageError(
             f"{type(loaded.model).__name__} is in training mode, in which its answers are random.",
             "Call model.eval() first.",
+        )
+    if loaded.dtype not in TOLERANCE:
+        raise ModelError(
+            f"This model computes in {loaded.dtype}, in which nothing about it has been proven.",
+            f"Load it with dtype= one of {', '.join(TOLERANCE)}.",
         )
     texts = TokenTexts(loaded.tokenizer)
     batch = prepare_batch(loaded, samples, start, max_new_tokens=0, texts=texts, generate=False)
@@ -219,7 +222,7 @@ def find_resumed(trial: Trial) -> ResumedForward | None:
 def find_halves(trial: Trial) -> dict[str, Halves | None]:
     """The children that add up to a layer, by stack, as one forward shows them; None where there are none."""
     anatomy = trial.loaded.anatomy
-    tolerance = _TOLERANCE[trial.loaded.dtype]
+    tolerance = TOLERANCE[trial.loaded.dtype]
     probes = {
         name: [LayerProbe(layer, tolerance) for layer in stack.layers]
         for name, stack in anatomy.stacks.items()

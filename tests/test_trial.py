@@ -20,7 +20,7 @@ from mechanistic.capture.interventions import Add, Edit, Scale
 from mechanistic.capture.trial import first_layer, prepare_trial
 from mechanistic.store import group, open_run
 from mechanistic.store.derived import write_derived
-from mechanistic.store.errors import DataError, SpecificationError, UsageError
+from mechanistic.store.errors import DataError, ModelError, SpecificationError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -44,6 +44,18 @@ def test_trial__starts_in_the_middle_with_the_same_result(name: str) -> None:
                 torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
             lower = Edit("text", 0, "resid_pre", Scale(0.9))
             torch.testing.assert_close(known.logits([lower], copies), trial.logits([*base, lower], copies))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trial__starts_in_the_middle_in_half_precision(dtype: torch.dtype) -> None:
+    trial = prepare_trial(llava(dtype=dtype), samples(2))
+    with torch.no_grad():
+        known, logits = trial.known()
+        for site in ("z", "mlp_out", "resid_post"):
+            edit = Edit("text", 2, site, Scale(0.5))
+            got, expected = known.logits([edit]), trial.logits([edit])
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, expected, atol=0.02 * float(logits.abs().max()), rtol=0)
 
 
 def test_first_layer__leaves_room_below_what_is_measured_from_a_layers_input() -> None:
@@ -128,6 +140,8 @@ def test_prepare_trial__refuses_what_cannot_be_measured() -> None:
         prepare_trial(model, [replace(data[0], options=("left",))])
     with pytest.raises(DataError, match="cannot be told apart by one token"):
         prepare_trial(model, [replace(data[0], options=("left", "giraffe"))])
+    with pytest.raises(ModelError, match="computes in float64"):
+        prepare_trial(llava(dtype=torch.float64), data)
     model.model.train()
     with pytest.raises(UsageError, match="training mode"):
         prepare_trial(model, data)
