@@ -185,7 +185,7 @@ def _start(source: str, options: dict[str, Any]) -> Any:
     except Exception as cause:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ModelError(
-            f"vLLM could not start on {source}: {reason}",
+            f"vLLM could not start on {source}: {reason[:300]}",
             "See its log above. An architecture without a vLLM class of its own, or weights saved by newer "
             "versions of transformers, may run with --engine-option model_impl=transformers.",
         ) from cause

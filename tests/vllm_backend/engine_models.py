@@ -34,9 +34,20 @@ def llama() -> LoadedModel:
 
 
 def qwen2() -> LoadedModel:
-    """Biases on queries and keys; its head width is always width / heads."""
-    config = HUB.Qwen2Config(**{**WIDE, "hidden_size": 128})
-    return grown(HUB.Qwen2ForCausalLM(config), tokenizer(), "qwen2")
+    """Biases on queries and keys; a tokenizer of letters, since its own class reads no other kind."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
+    ends = {"</s>": len(letters), "<pad>": len(letters) + 1}
+    words = HUB.Qwen2Tokenizer(
+        vocab=letters | ends, merges=[], unk_token="</s>", eos_token="</s>", pad_token="<pad>"
+    )
+    sizes = {"hidden_size": 128, "vocab_size": len(letters) + 8, "eos_token_id": ends["</s>"]}
+    config = HUB.Qwen2Config(**{**WIDE, **sizes, "bos_token_id": None, "pad_token_id": ends["<pad>"]})
+    made = grown(HUB.Qwen2ForCausalLM(config), words, "qwen2")
+    made.model.generation_config.eos_token_id = ends["</s>"]
+    made.model.generation_config.pad_token_id = ends["<pad>"]
+    return made
 
 
 def gemma2() -> LoadedModel:
@@ -156,7 +167,7 @@ def save(name: str, folder: Path) -> None:
     made = MODELS[name]()
     made.model.save_pretrained(folder)
     made.processor.save_pretrained(folder)
-    if name == "llava":
+    if name in ("gemma3", "llava"):
         file = folder / "model.safetensors"
         tower = "vision_tower.vision_model."
         named = {

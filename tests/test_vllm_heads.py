@@ -1,0 +1,107 @@
+"""Heads of a tensor-parallel engine, simulated: arrays are split as its ranks hold them, and put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mechanistic.capture.vllm_heads import owned_heads
+from mechanistic.capture.vllm_spool import Spool, join_heads
+from mechanistic.store.errors import CaptureError
+
+
+@pytest.mark.parametrize(
+    ("total", "ranks", "expected"),
+    [
+        (8, 1, [range(8)]),
+        (8, 2, [range(4), range(4, 8)]),
+        (8, 4, [range(2), range(2, 4), range(4, 6), range(6, 8)]),
+        (2, 4, [range(1), range(1), range(1, 2), range(1, 2)]),
+        (1, 2, [range(1), range(1)]),
+    ],
+)
+def test_owned_heads__are_slices_or_one_head_of_several_ranks(
+    total: int, ranks: int, expected: list[range]
+) -> None:
+    assert [owned_heads(total, rank, ranks) for rank in range(ranks)] == expected
+
+
+@pytest.mark.parametrize(("total", "ranks"), [(6, 4), (3, 2), (4, 6)])
+def test_owned_heads__that_do_not_divide_are_an_error(total: int, ranks: int) -> None:
+    with pytest.raises(CaptureError, match=rf"{total} heads cannot .*\n.*tensor_parallel_size"):
+        owned_heads(total, 0, ranks)
+
+
+def test_owned_heads__there_is_no_such_rank() -> None:
+    with pytest.raises(CaptureError, match="no rank 2 of 2"):
+        owned_heads(4, 2, 2)
+
+
+@pytest.mark.parametrize(("total", "ranks"), [(8, 1), (8, 2), (8, 8), (2, 4), (1, 4)])
+def test_join_heads__undoes_the_split(total: int, ranks: int) -> None:
+    whole = torch.randn(5, total, 3)
+    parts = [whole[:, list(owned_heads(total, rank, ranks))] for rank in range(ranks)]
+    torch.testing.assert_close(join_heads(parts, total), whole, rtol=0, atol=0)
+
+
+def test_join_heads__another_split_is_an_error() -> None:
+    with pytest.raises(CaptureError, match="Process 1 of 2 holds 3 heads, not 2 of 4"):
+        join_heads([torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)], 4)
+
+
+def write(folder: Path, ranks: int, *, queries: torch.Tensor, keys: torch.Tensor, order: list[int]) -> None:
+    """What the ranks of an engine would leave of one sample, whose tokens came in this order."""
+    for rank in range(ranks):
+        labels = torch.tensor([[0, position] for position in order])
+        own_queries, own_keys = (
+            each[order][:, list(owned_heads(each.shape[1], rank, ranks))] for each in (queries, keys)
+        )
+        tensors = {"q.0": own_queries, "k.0": own_keys, "resid_post.0": queries[order].flatten(1)}
+        save_file(
+            {name: each.contiguous() for name, each in tensors.items()} | {"rows.all": labels},
+            folder / f"rank{rank}.safetensors",
+        )
+
+
+def test_spool__gathers_the_heads_of_all_ranks_under_their_numbers(tmp_path: Path) -> None:
+    queries, keys = torch.randn(6, 8, 4), torch.randn(6, 2, 4)
+    write(tmp_path, 4, queries=queries, keys=keys, order=[3, 4, 5, 0, 1, 2])
+    wanted = [np.array([0, 2, 5])]
+    with Spool(tmp_path, 4, 1e-5) as spool:
+        torch.testing.assert_close(spool.rows("q", 0, "all", wanted, 8), queries[[0, 2, 5]])
+        torch.testing.assert_close(spool.rows("k", 0, "all", wanted, 2), keys[[0, 2, 5]])
+        residual = spool.rows("resid_post", 0, "all", wanted, None)
+        torch.testing.assert_close(residual, queries[[0, 2, 5]].flatten(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_spool__a_token_computed_twice_must_agree_with_itself(tmp_path: Path) -> None:
+    queries = torch.randn(6, 2, 4)
+    labels = torch.tensor([[0, 0], [0, 1], [0, 0], [0, 1], [0, 2]])
+    rows = [0, 1, 0, 1, 2]
+    again = queries[rows].clone()
+    again[2:] *= 1 + 1e-7
+    for name, values in (("same", again), ("other", queries[[0, 1, 3, 1, 2]])):
+        (tmp_path / name).mkdir()
+        save_file({"q.0": values, "rows.all": labels}, tmp_path / name / "rank0.safetensors")
+    wanted = [np.array([0, 1, 2])]
+    with Spool(tmp_path / "same", 1, 1e-5) as spool:
+        torch.testing.assert_close(spool.rows("q", 0, "all", wanted, 2), again[2:], rtol=0, atol=0)
+    with (
+        Spool(tmp_path / "other", 1, 1e-5) as spool,
+        pytest.raises(CaptureError, match=r"text\.0\.q: a token that the engine computed twice differs"),
+    ):
+        spool.rows("q", 0, "all", wanted, 2)
+
+
+def test_spool__ranks_that_kept_other_tokens_are_an_error(tmp_path: Path) -> None:
+    values = torch.randn(3, 2, 4)
+    write(tmp_path, 2, queries=values, keys=values, order=[0, 1, 2])
+    held = {"q.0": values[:, :1], "rows.all": torch.tensor([[0, 0], [0, 2], [0, 1]])}
+    save_file({name: each.contiguous() for name, each in held.items()}, tmp_path / "rank1.safetensors")
+    with Spool(tmp_path, 2, 1e-5) as spool, pytest.raises(CaptureError, match="kept different tokens"):
+        spool.rows("q", 0, "all", [np.array([0])], 2)
