@@ -18,7 +18,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "attention_maps",
         "where the last token looks: over layers and heads, and on the images",
         "entropy, concentration and the share of attention on image, text and other tokens over layers, "
-        "split by correct and incorrect; a map of heads; attention on the image, among words and head by head "
+        "split by correct and incorrect; a map of heads; attention on the image, among words, head by head "
         "for some samples of each relation and outcome",
         _attention_maps,
     )
