@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from .chunk_codec import ChunkCodec, Encoded, shard_index
+from .chunk_file import write_file
 from .errors import StoreError
 from .layout import Layout, compressors, layout
 from .schema import ArraySchema
+
+ENCODERS_MAX = 8
+# Most of their time is waiting for the disk to have it.
+WRITERS = 8
 
 
 def create_array(group: zarr.Group, schema: ArraySchema, axis: str) -> None:
@@ -37,74 +45,124 @@ def dimensions(array: zarr.Array[Any]) -> list[str]:
     return [str(name) for name in getattr(array.metadata, "dimension_names", None) or ()]
 
 
-class GrowingArray:
-    """Rows go into a buffer of one shard; a full buffer becomes one file, and a commit writes the rest.
+class Threads:
+    """The threads in which a writer's chunks are encoded and its files written."""
 
-    Two buffers an array at most: one fills while the other is encoded and written. Every write is of whole
-    shards, the last one padded with the fill value: nothing on disk is read back or changed in place, and
-    equal rows give equal files. The stored shape follows at the commit.
+    def __init__(self) -> None:
+        self.encode = ThreadPoolExecutor(min(ENCODERS_MAX, os.cpu_count() or 1), "encode")
+        self.write = ThreadPoolExecutor(WRITERS, "write-file")
+
+    def close(self) -> None:
+        self.encode.shutdown()
+        self.write.shutdown()
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class GrowingArray:
+    """Rows fill a chunk of every layer; full chunks are encoded, and a full shard becomes one file.
+
+    What it holds is bounded: raw rows of one chunk, the encoded chunks of one shard, and of another that is
+    being written. Every write is of a whole file, the last one padded with the fill value: nothing on disk
+    is changed in place, and equal rows give equal files. The stored shape follows at the commit.
     """
 
-    def __init__(self, path: Path, axis: str, rows: int) -> None:
+    def __init__(self, path: Path, axis: str, rows: int, threads: Threads) -> None:
         self.path = path
         array = zarr.open_array(str(path), mode="r+")
         self.axis = dimensions(array).index(axis)
-        self.unit = array.shards or array.chunks
-        self.shard_rows = self.unit[self.axis]
+        self.unit, self.chunk = array.shards or array.chunks, array.chunks
+        self.sharded = array.shards is not None
+        self.shard_rows, self.chunk_rows = self.unit[self.axis], self.chunk[self.axis]
         self.dtype = "string" if array.dtype.kind in "TO" else str(array.dtype)
         self.fill_value = array.fill_value
         self.shape = array.shape
+        # Files written since they were last asked for: size and CRC-32.
+        self.written: dict[Path, tuple[int, int]] = {}
+        self._codec = ChunkCodec(_chunk_codecs(path), array.fill_value)
+        self._threads = threads
+        self._encoded: list[list[Future[Encoded]]] = []
+        self._encoding: list[Future[Encoded]] = []
+        self._writing: list[Future[Any]] = []
+        self._dirty = False
         self.start = rows // self.shard_rows * self.shard_rows
-        self.count = rows - self.start
-        self.touched: set[Path] = set()
-        self._pending: Any = None
-        self._store: Any = (_string_engine if self.dtype == "string" else _engine)(path, self.axis)
+        self.count = 0
         self.buffer = self._room()
-        self._spare: NDArray[Any] | None = None
-        if self.count:
-            self.buffer[self._rows(0, self.count)] = array[self._rows(self.start, rows)]
+        if rows > self.start:
+            # The rows of the shard that is not full yet; encoded again, they are the same bytes.
+            held = np.asarray(array[self._at(self.start, rows)])
+            self.append(held.astype(object) if self.dtype == "string" else held)
+            self._dirty = False
 
     @property
     def rows(self) -> int:
         return self.start + self.count
 
     def append(self, values: NDArray[Any]) -> None:
-        """Add rows; a dtype or a fixed dimension that differs raises, since a cast would be silent."""
+        """Add rows, which must not change until `encoded` returns.
+
+        A dtype or a fixed dimension that differs raises, since a cast would be silent.
+        """
         self._check(values)
         done, total = 0, values.shape[self.axis]
         while done < total:
-            step = min(total - done, self.shard_rows - self.count)
-            self.buffer[self._rows(self.count, self.count + step)] = values[self._rows(done, done + step)]
+            filled = self.count % self.chunk_rows
+            step = min(total - done, self.chunk_rows - filled)
+            block = values[self._at(done, done + step)]
+            if step < self.chunk_rows:
+                if not filled:
+                    self.encoded()
+                self.buffer[self._at(filled, filled + step)] = block
+                block = self.buffer
+            self._dirty = True
             self.count += step
             done += step
+            if filled + step == self.chunk_rows:
+                self._encoded.append(self._encode(block))
             if self.count == self.shard_rows:
-                self._write()
+                self._write(self._encoded)
+                self._encoded = []
                 self.start += self.shard_rows
                 self.count = 0
-                # The spare one was in flight until `_write` waited for it; fresh memory would cost more CPU.
-                spare = self._room() if self._spare is None else self._spare
-                self.buffer, self._spare = spare, self.buffer
+
+    def encoded(self) -> None:
+        """Wait until every full chunk is encoded: the rows that were given are not needed any more."""
+        encoding, self._encoding = self._encoding, []
+        for chunk in encoding:
+            chunk.result()
 
     def flush(self) -> None:
         """Start writing every row that is not on disk yet; `settle` waits for it."""
-        if self.count:
-            self.buffer[self._rows(self.count, self.shard_rows)] = self.fill_value
-            self._write()
+        if not self._dirty or not self.count:
+            return
+        chunks = list(self._encoded)
+        filled = self.count % self.chunk_rows
+        if filled:
+            self.buffer[self._at(filled, self.chunk_rows)] = self.fill_value
+            chunks.append(self._encode(self.buffer))
+        self._write(chunks)
 
     def settle(self) -> None:
-        """Wait until every row is on disk, then give the array its true length."""
+        """Wait until every row is on disk, then start giving the array its true length; `wait` again."""
         self.wait()
         if self.shape[self.axis] != self.rows:
-            shape = list(self.shape)
-            shape[self.axis] = self.rows
-            self.shape = tuple(shape)
-            zarr.open_array(str(self.path), mode="r+").resize(self.shape)
-            self.touched.add(self.path / "zarr.json")
+            metadata = json.loads((self.path / "zarr.json").read_bytes())
+            metadata["shape"][self.axis] = self.rows
+            text = json.dumps(metadata, indent=2).encode()
+            self._writing.append(self._threads.write.submit(write_file, self.path / "zarr.json", [text]))
+            self.shape = tuple(metadata["shape"])
 
     def wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Wait until every file that was begun is whole."""
+        writing, self._writing = self._writing, []
+        for file in writing:
+            file.result()
 
     def _check(self, values: NDArray[Any]) -> None:
         got = "string" if values.dtype.kind in "UTO" else str(values.dtype)
@@ -119,59 +177,53 @@ class GrowingArray:
 
     def _room(self) -> NDArray[Any]:
         shape = list(self.shape)
-        shape[self.axis] = self.shard_rows
+        shape[self.axis] = self.chunk_rows
         return np.empty(shape, object if self.dtype == "string" else self.dtype)
 
-    def _rows(self, start: int, stop: int) -> tuple[slice, ...]:
+    def _at(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self.axis + (slice(start, stop),)
 
-    def _write(self) -> None:
-        """Hand the buffer to the write engine; one write is in flight while the next shard fills."""
-        self.wait()
-        self.touched.update(self._files())
-        region = self._rows(self.start, self.start + self.shard_rows)
-        if self.dtype == "string":
-            self._store[region] = self.buffer.astype(np.dtypes.StringDType())
-        else:
-            self._pending = self._store[region].write(self.buffer)
+    def _encode(self, rows: NDArray[Any]) -> list[Future[Encoded]]:
+        """Start encoding one chunk of every layer."""
+        layers = rows if self.axis else rows[None]
+        begun = [self._threads.encode.submit(self._codec.encode, layer) for layer in layers]
+        self._encoding += begun
+        return begun
 
-    def _files(self) -> list[Path]:
-        """The chunk files that the buffer covers: every band of layers at one place on the growing axis."""
+    def _write(self, chunks: list[list[Future[Encoded]]]) -> None:
+        """Start writing the shard's files, once those of the shard before are whole."""
+        self.wait()
+        self._dirty = False
+        band = self.unit[0] if self.axis else 1
+        layers = self.shape[0] if self.axis else 1
         index = [0] * len(self.unit)
         index[self.axis] = self.start // self.shard_rows
-        files = []
-        for band in range(-(-self.shape[0] // self.unit[0]) if self.axis else 1):
+        for number, first in enumerate(range(0, layers, band)):
             if self.axis:
-                index[0] = band
-            files.append(self.path.joinpath("c", *map(str, index)))
-        return files
+                index[0] = number
+            file = self.path.joinpath("c", *map(str, index))
+            of_band = [
+                [chunk[layer] for chunk in chunks] for layer in range(first, min(first + band, layers))
+            ]
+            self._writing.append(self._threads.write.submit(self._write_file, file, of_band, band))
+
+    def _write_file(self, file: Path, layers: list[list[Future[Encoded]]], band: int) -> None:
+        """Layer by layer, so that one layer of all rows is one read."""
+        room = self.shard_rows // self.chunk_rows
+        chunks: list[Encoded] = []
+        for layer in layers:
+            chunks += [chunk.result() for chunk in layer]
+            chunks += [None] * (room - len(layer))
+        chunks += [None] * (band * room - len(chunks))
+        pieces = [piece for chunk in chunks if chunk is not None for piece in chunk]
+        # A chunk of nothing but fill values is not stored; absence is its correct encoding.
+        if pieces:
+            self.written[file] = write_file(file, [*pieces, shard_index(chunks)] if self.sharded else pieces)
 
 
-# Longer than any run: the manifest bounds what is written, and the stored shape grows only at a commit.
-ENDLESS = 1 << 40
-
-
-def _engine(path: Path, axis: int) -> Any:
-    """tensorstore, by measurement: it costs what the codec alone costs, syncs, and renames whole files."""
-    import tensorstore
-
-    metadata = json.loads((path / "zarr.json").read_bytes())
-    metadata["shape"][axis] = ENDLESS
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "metadata": metadata,
-        "assume_metadata": True,
-        "recheck_cached_metadata": False,
-        "open": True,
-    }
-    return tensorstore.open(spec).result()
-
-
-def _string_engine(path: Path, axis: int) -> zarr.Array[Any]:
-    """zarr-python, since the other engine knows no variable-length strings; it renames whole files too."""
-    stored = zarr.open_array(str(path), mode="r+")
-    shape = list(stored.shape)
-    shape[axis] = ENDLESS
-    metadata = replace(stored.metadata, shape=tuple(shape))
-    return zarr.Array(replace(stored.async_array, metadata=metadata))
+def _chunk_codecs(path: Path) -> list[dict[str, Any]]:
+    """The codecs of one chunk, which a shard has inside its own."""
+    codecs: list[dict[str, Any]] = json.loads((path / "zarr.json").read_bytes())["codecs"]
+    if codecs[0]["name"] == "sharding_indexed":
+        return list(codecs[0]["configuration"]["codecs"])
+    return codecs

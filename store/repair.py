@@ -12,10 +12,10 @@ import zarr
 from numpy.typing import NDArray
 
 from .errors import CorruptError
-from .growing import GrowingArray
+from .growing import GrowingArray, Threads
 from .manifest import Manifest, consolidate, deconsolidate, sync
 from .verify import damaged_files, place_of
-from .writer import file_entry
+from .writer import folders_of
 
 Rows = Mapping[str, Mapping[str, NDArray[Any]]]
 
@@ -84,15 +84,14 @@ def put_back(run: Path, manifest: Manifest, places: list[DamagedPlace]) -> tuple
                 f"{place.group}/{place.array}: {place.filled} of {place.stop - place.start} rows came back.",
                 "Dataset or model are not what was captured; nothing of this array was changed.",
             )
-        array = GrowingArray(run / place.group / place.array, place.axis, place.start)
-        array.append(place.values)
-        array.flush()
-        array.wait()
-        for file in array.touched:
-            if file.exists():
-                sync(file)
-                sync(file.parent)
-                files[file.relative_to(run).as_posix()] = file_entry(file)
+        with Threads() as threads:
+            array = GrowingArray(run / place.group / place.array, place.axis, place.start, threads)
+            array.append(place.values)
+            array.flush()
+            array.wait()
+        for folder in folders_of(array.written, array.path):
+            sync(folder)
+        files |= {file.relative_to(run).as_posix(): entry for file, entry in array.written.items()}
     same = files == manifest.files
     if not same:
         manifest = replace(manifest, files=files)

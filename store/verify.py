@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from isal.isal_zlib import crc32
 
 from .errors import FormatError, MechanisticError, UsageError
 from .growing import dimensions
@@ -43,7 +43,7 @@ class Problem:
 def verify_run(path: str | Path) -> list[Problem]:
     """Every problem of a run in a local folder; an empty list means that it is sound.
 
-    Checks that each chunk file named by the manifest is there with its size and CRC-32C, that every group has
+    Checks that each chunk file named by the manifest is there with its size and CRC-32, that every group has
     the dimensions, lengths and columns that the format demands, and that labels lie in their ranges.
 
     Raises
@@ -115,7 +115,7 @@ def damaged_files(run: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem(name, "missing", _samples(run, name))
             continue
         data = file.read_bytes()
-        if len(data) == size and zlib.crc32(data) == checksum:
+        if len(data) == size and crc32(data) == checksum:
             continue
         # Until a run is finished its last shards are replaced at every commit, ahead of the manifest.
         if not manifest.complete and _is_last(run, name, manifest):

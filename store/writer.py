@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,12 +14,13 @@ from typing import IO, Any
 
 import xarray as xr
 import zarr
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from .differences import differences
 from .disk import full_disk
 from .errors import OutputExistsError, StoreError
-from .growing import GrowingArray, create_array, dimensions
+from .growing import GrowingArray, Threads, create_array, dimensions
 from .lock import locked, release_lock, take_lock
 from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
 from .schema import FORMAT, FORMAT_VERSION, GroupSchema
@@ -39,10 +39,11 @@ class RunWriter:
         self.manifest = manifest
         self.samples = manifest.samples
         self._lock = lock
+        self._threads = Threads()
         self._arrays: dict[str, dict[str, GrowingArray]] = {}
         for group, axis in manifest.axes.items():
             if axis is not None:
-                self._arrays[group] = _open_group(path / group, axis, manifest.rows[group])
+                self._arrays[group] = _open_group(path / group, axis, manifest.rows[group], self._threads)
 
     @classmethod
     def create(
@@ -114,6 +115,8 @@ class RunWriter:
                     )
                 for name, values in columns.items():
                     arrays[name].append(values)
+            for array in self._each():
+                array.encoded()
         self.samples += samples
 
     def put_static(self, group: str, dataset: xr.Dataset, attrs: Mapping[str, Any] | None = None) -> None:
@@ -152,19 +155,14 @@ class RunWriter:
                 array.flush()
             for array in self._each():
                 array.settle()
-                folders = set()
-                for file in array.touched:
-                    # A chunk of nothing but fill values is not stored; absence is its correct encoding.
-                    if not file.exists():
-                        continue
-                    folders.add(file.parent)
-                    if file.name == "zarr.json" or array.dtype == "string":
-                        sync(file)
-                    if file.name != "zarr.json":
-                        files[file.relative_to(self.path).as_posix()] = file_entry(file)
-                for folder in folders:
-                    sync(folder)
-                array.touched.clear()
+            folders: set[Path] = set()
+            for array in self._each():
+                array.wait()
+                folders |= folders_of([array.path / "zarr.json", *array.written], array.path)
+                files |= {self._name(file): entry for file, entry in array.written.items()}
+            list(self._threads.write.map(sync, sorted(folders)))
+            for array in self._each():
+                array.written.clear()
             rows = {group: next(iter(arrays.values())).rows for group, arrays in self._arrays.items()}
             self.manifest = replace(self.manifest, samples=self.samples, rows=rows, files=files)
             self.manifest.write(self.path)
@@ -197,12 +195,11 @@ class RunWriter:
     @property
     def bytes_written(self) -> int:
         """Bytes on disk: what is committed, and the files written since."""
-        since = 0
-        for file in {file for array in self._each() for file in array.touched}:
-            with suppress(FileNotFoundError):
-                known = self.manifest.files.get(file.relative_to(self.path).as_posix(), (0, 0))
-                since += file.stat().st_size - known[0]
-        return self.manifest.stored_bytes + since
+        files = dict(self.manifest.files)
+        for array in self._each():
+            # A copy, since other threads add to it.
+            files |= {self._name(file): entry for file, entry in array.written.copy().items()}
+        return sum(size for size, _ in files.values())
 
     def close(self) -> None:
         """Let go of the run without a commit; what was appended since the last one is lost."""
@@ -210,6 +207,7 @@ class RunWriter:
             for array in self._each():
                 with suppress(Exception):
                     array.wait()
+            self._threads.close()
             release_lock(self.path, self._lock)
 
     def __enter__(self) -> RunWriter:
@@ -219,6 +217,9 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.path).as_posix()
 
     def _each(self) -> Iterator[GrowingArray]:
         for arrays in self._arrays.values():
@@ -261,10 +262,10 @@ def _create_group(root: zarr.Group, schema: GroupSchema) -> None:
         stored[...] = values
 
 
-def _open_group(path: Path, axis: str, rows: int) -> dict[str, GrowingArray]:
+def _open_group(path: Path, axis: str, rows: int, threads: Threads) -> dict[str, GrowingArray]:
     group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
     growing = [name for name, array in group.arrays() if axis in dimensions(array)]
-    return {name: GrowingArray(path / name, axis, rows) for name in growing}
+    return {name: GrowingArray(path / name, axis, rows, threads) for name in growing}
 
 
 def _draft(path: Path) -> Path:
@@ -279,5 +280,11 @@ def _draft(path: Path) -> Path:
 
 
 def file_entry(file: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
     data = file.read_bytes()
-    return len(data), zlib.crc32(data)
+    return len(data), crc32(data)
+
+
+def folders_of(files: Iterable[Path], root: Path) -> set[Path]:
+    """Every folder from these files up to `root`: each may be new, and names what is below it."""
+    return {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
