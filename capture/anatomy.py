@@ -6,6 +6,7 @@ device. What it says about shapes is proven by the forward at attach (proof.py).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,11 @@ def find_anatomy(model: Any) -> Anatomy:
     if len(roots) > 1 and image_token is None and model.can_generate():
         unknown.append("the id of the image token (config.image_token_id)")
     if unknown:
+        unknown += [
+            f"the attention of the {name} stack, which is code of its own"
+            for name, stack in stacks.items()
+            if _is_own(stack)
+        ]
         raise ModelError(
             f"{type(model).__name__}: could not establish {'; '.join(unknown)}.",
             "This architecture needs an adapter; until it has one, nothing of it is captured.",
@@ -204,6 +210,13 @@ def _find_stack(model: nn.Module, name: str, root: nn.Module, unknown: list[str]
     kv_heads = _first(config, "num_key_value_heads") or heads
     sequence = adapter_of(model).sequence
     return Stack(name, path, tuple(layers), width, heads, kv_heads, head_width, sequence)
+
+
+def _is_own(stack: Stack) -> bool:
+    """Whether attention is computed by code of its own, beside the library's table of attention functions."""
+    inside = stack.module_layers(cross=False) | stack.module_layers(cross=True)
+    sources = {type(part).__module__ for part in inside if is_attention(part)}
+    return not any(hasattr(sys.modules[source], "ALL_ATTENTION_FUNCTIONS") for source in sources)
 
 
 def layer_lists(root: nn.Module) -> dict[str, nn.ModuleList]:

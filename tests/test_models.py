@@ -121,6 +121,9 @@ def test_registry__leads_somewhere() -> None:
         "qwen3vl",
         "gemma3",
         "paligemma",
+        "mllama",
+        "blip2",
+        "instructblip",
     }
     assert expected <= REGISTRY.keys()
     assert all(entry.repository.count("/") == (name != "spatial-tiny") for name, entry in REGISTRY.items())

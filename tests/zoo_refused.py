@@ -15,5 +15,9 @@ def _blip() -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "blip": (_blip, r"could not establish the id of the image token"),
+    "blip": (
+        _blip,
+        r"could not establish the id of the image token .*; the attention of the text stack, which is code "
+        r"of its own; the attention of the vision stack",
+    ),
 }
