@@ -16,6 +16,7 @@ from mechanistic.store import group
 from mechanistic.store.errors import DataError
 
 from .cka_products import alignment, covariance_product, gram_tile, summarize_layer
+from .head_rows import split_heads
 from .representation_rows import (
     BLOCK_ROWS,
     MAX_BYTES,
@@ -48,21 +49,22 @@ def linear_cka(
     Parameters
     ----------
     first, second
-        Two runs of the same samples, or arrays (layer, row, feature), see `representation_rows`.
+        Two runs of the same samples, or arrays (layer, row[, head], feature), see `representation_rows`.
     route
         Products of rows with rows (``"gram"``) or of features with features (``"covariance"``); both stream
         over blocks and give the same. None takes the cheaper one.
 
     Returns
     -------
-    cka (layer, other_layer), float64: 1 for equal up to rotation and scale; 0 to 1, debiased also below 0.
+    cka (layer[, head], other_layer[, other_head]), float64: 1 for equal up to rotation and scale; 0 to 1,
+        debiased also below 0.
     n_row (), int64.
 
     Raises
     ------
     MissingSiteError, SpecificationError
                     no such site, layer or token selection.
-    DimensionError  not (layer, row, feature).
+    DimensionError  not (layer, row[, head], feature).
     DataError       the rows of the two are not those of the same samples, or there are fewer than four; when
                     computed, a value that is not finite (by sample and layer), or a layer that is constant.
 
@@ -71,11 +73,11 @@ def linear_cka(
     Kornblith et al. (2019), ICML, arXiv:1905.00414. Song et al. (2012), Journal of Machine Learning Research
     13, 1393, equation 5.
     """
-    left = representation_rows(first, site=site, tokens=tokens, layer=layer)
+    left = representation_rows(first, site=site, tokens=tokens, layer=layer, heads=True)
     itself = second is None or second is first
     right = left
     if second is not None and not itself:
-        right = representation_rows(second, site=site, tokens=tokens, layer=layer)
+        right = representation_rows(second, site=site, tokens=tokens, layer=layer, heads=True)
         _check_samples(first, second, left, right)
     _check_rows(left, right)
     layers = _layers(left, max_bytes) + ([] if itself else _layers(right, max_bytes))
@@ -87,6 +89,7 @@ def linear_cka(
     attrs = {"long_name": "linear CKA" + (", debiased" if debiased else ""), "units": "1"}
     coords = {"layer": layer_numbers(left), "other_layer": layer_numbers(right)}
     result = xr.Dataset({"cka": (("layer", "other_layer"), values, attrs)}, coords)
+    result = split_heads(split_heads(result, left), right, prefix="other_")
     result["n_row"] = ((), np.int64(left.shape[1]), {"units": "row"})
     result.attrs = {"debiased": int(debiased)}
     if isinstance(first, xr.DataTree):

@@ -13,6 +13,7 @@ import xarray as xr
 from mechanistic.store.errors import DataError, SpecificationError
 
 from .conditions import Conditions, conditions_of, partition_codes
+from .head_rows import split_heads
 from .noise_covariance import Shrinkage
 from .rdm_graph import RdmPlan, dissimilarity_blocks
 from .rdm_store import write_dissimilarity
@@ -63,7 +64,7 @@ def representational_dissimilarity(
     Parameters
     ----------
     data
-        A run; or an array (layer, row, feature) with labels, see `representation_rows`.
+        A run; or an array (layer, row[, head], feature) with labels, see `representation_rows`.
     conditions
         Columns of samples/ or labels of the tokens whose rows are averaged, such as ``"relation"`` or
         ``["subject", "relation"]``; None makes each row a condition.
@@ -82,8 +83,8 @@ def representational_dissimilarity(
 
     Returns
     -------
-    dissimilarity (layer, condition, other), float32 (float64 if the rows are): 0 on the diagonal; 0 to 2 for
-        correlation; squared units of the site for euclidean, none where S is estimated; never negative but
+    dissimilarity (layer[, head], condition, other), float32 (float64 if the rows are): 0 on the diagonal;
+        0 to 2 for correlation; squared units of the site for euclidean, none where S is estimated; never negative but
         for crossnobis, which is unbiased around 0.
     n_row (condition), int64: rows averaged. n_excluded (), int64: rows without a label.
         Labels of the conditions are coordinates, once for each axis (`relation`, `other_relation`).
@@ -107,7 +108,7 @@ def representational_dissimilarity(
     _check_names(metric, covariance)
     wanted = [conditions] if isinstance(conditions, str) else list(conditions or ())
     labels = [*wanted, *([partitions] if metric == "crossnobis" and isinstance(partitions, str) else [])]
-    rows = representation_rows(data, site=site, tokens=tokens, layer=layer, labels=labels)
+    rows = representation_rows(data, site=site, tokens=tokens, layer=layer, labels=labels, heads=True)
     grouped = conditions_of(rows, conditions)
     if grouped.count < 2:
         raise DataError(
@@ -117,7 +118,7 @@ def representational_dissimilarity(
     plan = _plan(rows, grouped, metric, partitions, covariance, shrinkage, seed, max_bytes)
     values = rows.data if grouped.excluded == 0 else rows.data[:, grouped.rows]
     blocks = RowBlocks(values, max_bytes)
-    result = _labelled(dissimilarity_blocks(blocks, plan), rows, grouped, metric)
+    result = split_heads(_labelled(dissimilarity_blocks(blocks, plan), rows, grouped, metric), rows)
     result.attrs |= {"site": site, "tokens": tokens or "all"} if isinstance(data, xr.DataTree) else {}
     result.attrs |= _choices(metric, partitions, covariance, shrinkage, seed)
     if save is not None:
@@ -193,7 +194,7 @@ def _labelled(blocks: list[Any], rows: xr.DataArray, grouped: Conditions, metric
     }
     coords = {**grouped.coordinates(), **grouped.coordinates("other", "other_")}
     if "layer" in rows.coords:
-        coords["layer"] = rows["layer"]
+        coords["layer"] = ("layer", np.asarray(rows["layer"].values))
     return xr.Dataset(
         {
             "dissimilarity": (("layer", "condition", "other"), da.stack(blocks), attrs),

@@ -15,6 +15,7 @@ from mechanistic.store import site as site_of
 from mechanistic.store.errors import DataError, DimensionError
 from mechanistic.store.schema import STATUS
 
+from .head_rows import heads_as_layers
 from .splits import with_samples
 from .token_selection import select_layers, select_tokens
 
@@ -33,6 +34,7 @@ def representation_rows(
     tokens: str | None = "last",
     layer: int | Sequence[int] | None = None,
     labels: Iterable[str] = (),
+    heads: bool = False,
 ) -> xr.DataArray:
     """Choose the rows of a run, or check that an array already is such rows; lazy.
 
@@ -45,6 +47,8 @@ def representation_rows(
         Which rows of a run, see `select_tokens`; rows of failed samples are left out.
     labels
         Columns of samples/ to attach to the rows of a run.
+    heads
+        Whether the array may be (layer, row, head, feature), see `heads_as_layers`.
 
     Returns
     -------
@@ -59,7 +63,7 @@ def representation_rows(
     rows: xr.Dataset | xr.DataArray
     rows = _from_run(data, site, tokens, labels) if isinstance(data, xr.DataTree) else data
     array = _only_array(rows) if isinstance(rows, xr.Dataset) else rows
-    if array.ndim != 3 or array.dims[0] != "layer":
+    if array.ndim not in ((3, 4) if heads else (3,)) or array.dims[0] != "layer":
         raise DimensionError(
             f"these must be (layer, row, feature), but are ({', '.join(map(str, array.dims))}).",
             "Choose one head (isel(head=0)), or make one feature axis: stack(feature=['head', 'd_head']).",
@@ -80,7 +84,8 @@ def representation_rows(
         named = named.chunk(
             {axis: sizes for axis, sizes in values.chunksizes.items() if axis in array.dims[1:2]}
         )
-    return select_layers(named, layer)["representation"]
+    chosen = select_layers(named, layer)["representation"]
+    return heads_as_layers(chosen) if chosen.ndim == 4 else chosen
 
 
 def _from_run(run: xr.DataTree, site: str, tokens: str | None, labels: Iterable[str]) -> xr.Dataset:
