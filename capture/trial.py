@@ -77,7 +77,7 @@ class Trial:
             for name, value in self.inputs.items()
         }
         last = torch.as_tensor(self.batch.last_prompt, device=self.loaded.model.device).repeat(copies)
-        start = first_layer(edits)
+        start = first_layer(edits, self.halves.get("text"))
         if start is not None and start in self.stream and self.resumed is not None:
             hidden = self.stream[start].repeat(copies // self.stream_copies, 1, 1)
             with intervening(self.loaded, edits, self.halves):
@@ -137,13 +137,18 @@ class Keep:
         return tensor
 
 
-def first_layer(edits: Sequence[Edit]) -> int | None:
-    """Where a forward with these edits may start, if anywhere; what is edited at a layer's own input, or
-    measured from it, needs the layer below."""
+def first_layer(edits: Sequence[Edit], halves: Halves | None) -> int | None:
+    """Where a forward with these edits may start, if anywhere.
+
+    What is edited at a layer's own input, or measured from it, needs the layer below.
+    """
     if not edits or any(edit.stack != "text" for edit in edits):
         return None
     lowest = min(edit.layer for edit in edits)
-    inside = {edit.site for edit in edits if edit.layer == lowest} - {*ATTENTION_EDITS, "resid_post"}
+    own = {*ATTENTION_EDITS, "resid_post"}
+    if halves is not None and halves.middle is None:
+        own |= {"attn_out", "mlp_out"}
+    inside = {edit.site for edit in edits if edit.layer == lowest} - own
     return lowest - 1 if inside else lowest
 
 

@@ -17,6 +17,7 @@ from zoo import samples as zoo_samples
 from mechanistic.analysis import ablate, attention_knockout, causal_tracing, path_patching
 from mechanistic.capture import capture_run
 from mechanistic.capture.interventions import Add, Edit, Scale
+from mechanistic.capture.residual import Halves
 from mechanistic.capture.trial import first_layer, prepare_trial
 from mechanistic.store import group, open_run
 from mechanistic.store.derived import write_derived
@@ -62,11 +63,15 @@ def test_first_layer__leaves_room_below_what_is_measured_from_a_layers_input() -
     def edit(layer: int, site: str, stack: str = "text") -> Edit:
         return Edit(stack, layer, site, Scale(1.0))
 
-    assert first_layer([edit(3, "z"), edit(2, "resid_post")]) == 2
-    assert first_layer([edit(3, "z"), edit(2, "mlp_out")]) == 1
-    assert first_layer([edit(0, "resid_pre")]) == -1
-    assert first_layer([]) is None
-    assert first_layer([edit(1, "z"), edit(0, "z", "vision")]) is None
+    added, measured = Halves("attn", "mlp", True), Halves("attn", "mlp", True, "norm")
+    for halves in (added, measured, None):
+        assert first_layer([edit(3, "z"), edit(2, "resid_post")], halves) == 2
+        assert first_layer([edit(2, "q"), edit(2, "resid_mid")], halves) == 1
+        assert first_layer([edit(0, "resid_pre")], halves) == -1
+        assert first_layer([], halves) is None
+        assert first_layer([edit(1, "z"), edit(0, "z", "vision")], halves) is None
+    assert first_layer([edit(3, "z"), edit(2, "mlp_out")], added) == 2
+    assert first_layer([edit(3, "z"), edit(2, "mlp_out")], measured) == 1
 
 
 def test_trial__copies_and_padding_do_not_matter() -> None:
