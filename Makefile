@@ -26,6 +26,12 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks
 
+# The peer is installed beside the environment: within it, it would change every engine.
+bench-vllm: $(VENV_VLLM)/installed
+	test -d $(VENV_VLLM)/peer || $(BIN_VLLM)/python -m pip install --quiet --no-deps --ignore-requires-python \
+		--target $(VENV_VLLM)/peer vllm-lens==1.3.0
+	$(BIN_VLLM)/python tests/benchmarks/bench_vllm.py --peer $(VENV_VLLM)/peer
+
 # Retrains the bundled model from scratch (about 8 CPU-minutes).
 train: $(VENV)/installed
 	$(BIN)/python -m mechanistic.capture.train_spatial_tiny

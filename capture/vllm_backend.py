@@ -164,6 +164,12 @@ class VllmBackend:
             self.engine.call("mechanistic_watch", plan.to_dict(), halves, probe, str(self._folder))
             self._watching = wanted
 
+    def unwatch(self) -> None:
+        """Take every hook away; the next capture puts its own back."""
+        if self._watching is not None:
+            self.engine.call("mechanistic_unwatch")
+            self._watching = None
+
     def capture(
         self,
         samples: Sequence[Sample],
