@@ -84,8 +84,8 @@ def representational_dissimilarity(
     Returns
     -------
     dissimilarity (layer[, head], condition, other), float32 (float64 if the rows are): 0 on the diagonal;
-        0 to 2 for correlation; squared units of the site for euclidean, none where S is estimated; never negative but
-        for crossnobis, which is unbiased around 0.
+        0 to 2 for correlation; squared units of the site for euclidean, none where S is estimated; never
+        negative but for crossnobis, which is unbiased around 0.
     n_row (condition), int64: rows averaged. n_excluded (), int64: rows without a label.
         Labels of the conditions are coordinates, once for each axis (`relation`, `other_relation`).
 
