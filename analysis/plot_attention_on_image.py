@@ -62,7 +62,7 @@ def plot_attention_on_image(
     if isinstance(attention, xr.Dataset):
         attention = pattern_of(attention)
     if isinstance(attention, xr.DataArray) and boxes is None and num_patches is None:
-        attention, boxes = _labelled(attention, image_index, tile)
+        attention, boxes = labelled_row(attention, image_index, tile)
     weights = plain_array(attention)
     if weights.ndim != 1 or not weights.size:
         raise DimensionError(
@@ -75,13 +75,13 @@ def plot_attention_on_image(
         )
     pixels = image_pixels(image)
     height, width = pixels.shape[:2]
-    places = _grid(weights.size, num_patches, width, height) if boxes is None else plain_array(boxes)
+    places = square_boxes(weights.size, num_patches, width, height) if boxes is None else plain_array(boxes)
     if places.shape != (weights.size, 4):
         raise DimensionError(
             f"{weights.size} weights, but boxes of the shape {places.shape}.",
             "Give x0, y0, x1, y1 for each weight.",
         )
-    figure, ax = new_axes(ax, _size(width, height))
+    figure, ax = new_axes(ax, picture_size(width, height))
     ax.imshow(pixels, extent=(0, width, height, 0))
     _overlay(figure, ax, weights, places, alpha)
     ax.set(xlim=(0, width), ylim=(height, 0), xlabel="x (pixel)", ylabel="y (pixel)")
@@ -137,7 +137,30 @@ def _overlay(figure: Figure, ax: Axes, weights: NDArray[Any], places: NDArray[An
     figure.colorbar(overlay, ax=ax, label="attention weight (share of the row)")
 
 
-def _labelled(row: xr.DataArray, image_index: int, tile: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
+def one_sample(row: xr.DataArray, sample: int | None) -> xr.DataArray:
+    """The tokens of one sample, of an array whose tokens are of several.
+
+    Raises
+    ------
+    DimensionError  there are several and none is chosen, or it is not there.
+    """
+    owner = row.coords.get("sample_index")
+    if owner is None or owner.ndim != 1:
+        return row
+    held = np.unique(owner.values)
+    if sample is None and len(held) > 1:
+        raise DimensionError(
+            f"these are rows of {len(held)} samples.", f"Draw one of them: sample={held[0]}."
+        )
+    if sample is not None and sample not in held:
+        raise DimensionError(
+            f"there is no sample {sample} here.", f"Choose of {', '.join(map(str, held[:8]))}."
+        )
+    chosen = owner.values == (held[0] if sample is None else sample)
+    return row.isel({owner.dims[0]: np.flatnonzero(chosen)})
+
+
+def labelled_row(row: xr.DataArray, image_index: int, tile: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
     """The weights on one image's tokens and their pixel boxes, from the labels of the keys."""
     row = row.squeeze()
     prefix = "key_" if "key_kind" in row.coords else ""
@@ -169,7 +192,7 @@ def _labelled(row: xr.DataArray, image_index: int, tile: int | None) -> tuple[ND
     return np.asarray(row.values)[drawn], boxes[drawn]
 
 
-def _grid(count: int, num_patches: int | None, width: int, height: int) -> NDArray[np.float64]:
+def square_boxes(count: int, num_patches: int | None, width: int, height: int) -> NDArray[np.float64]:
     """Boxes of a square grid, row by row."""
     side = math.isqrt(count)
     if side * side != count or (num_patches is not None and num_patches not in (side, count)):
@@ -183,6 +206,6 @@ def _grid(count: int, num_patches: int | None, width: int, height: int) -> NDArr
     return np.stack([columns * x, rows * y, (columns + 1) * x, (rows + 1) * y], axis=1)
 
 
-def _size(width: int, height: int) -> tuple[float, float]:
+def picture_size(width: int, height: int) -> tuple[float, float]:
     aspect = min(max(height / width, 0.3), 3.0)
     return (5.4, 4.2 * aspect + 0.5) if aspect <= 1 else (4.2 / aspect + 1.4, 4.6)
