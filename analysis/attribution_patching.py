@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import ModelError, SpecificationError
 
 from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs, pair_masks
-from .embedding_statistics import has_deep_images
 from .experiment import begin, chosen_layers, place_names, places_of, with_mean
 
 Method = Literal["gradient", "integrated"]
@@ -153,7 +152,10 @@ def _check(site: str, method: str, direction: str, steps: int, top: int) -> None
 
 
 def _require_reachable(loaded: Any) -> None:
-    if has_deep_images(loaded):
+    from mechanistic.capture.decoder_inputs import DEEPSTACK
+    from mechanistic.capture.forward import takes
+
+    if takes(loaded.model.get_decoder(), DEEPSTACK):
         raise ModelError(
             f"{type(loaded.model).__name__} adds image features in higher layers too, which the path of its "
             "inputs leaves out.",

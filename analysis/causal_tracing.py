@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import SpecificationError
 
-from .embedding_statistics import embedding_statistics
+from .embedding_statistics import EmbeddingStatistics, embedding_statistics, embeddings_of, entering
 from .experiment import (
     UNITS,
     Experiment,
@@ -38,8 +38,8 @@ class _Sweep:
 
     corrupt: str
     corruption: str
-    deviation: float
-    mean: NDArray[np.float32]
+    scale: float
+    embeddings: EmbeddingStatistics
     copies: int
     seed: int
     sites: tuple[str, ...]
@@ -73,7 +73,8 @@ def causal_tracing(
     with the state h as it is in the clean one: TE = p - p*, IE(h) = p*(h) - p*, both averaged over noise
     samples and then over samples. Noise has `noise_scale` times one standard deviation, taken over all
     numbers of all chosen embeddings of all samples; embeddings are what enters the decoder's first layer
-    (resid_pre).
+    (resid_pre). Image features that a model adds at higher layers too (Qwen3-VL) are spoiled there likewise,
+    each scaled to their own deviation.
 
     Parameters
     ----------
@@ -113,8 +114,7 @@ def causal_tracing(
     SpecificationError  a site, layer, place, metric or corruption that does not exist.
     DataError           a sample without such tokens, without an answer, or whose answer is not told apart by
                         one token.
-    ModelError          the model adds image features in higher layers too and the image is to be spoiled, or
-                        it does not have the site.
+    ModelError          the model does not have the site, or where its images enter could not be established.
 
     References
     ----------
@@ -124,12 +124,12 @@ def causal_tracing(
     experiment = begin(model, samples)
     _check(sites, corruption, noise_scale, noise_samples, window)
     numbers, named = chosen_layers(experiment, layers), places_of(experiment, places)
-    spread, mean = embedding_statistics(experiment, corrupt, batch_size, metric)
+    embeddings = embedding_statistics(experiment, corrupt, batch_size, metric)
     sweep = _Sweep(
         corrupt=corrupt,
         corruption=corruption,
-        deviation=noise_scale * spread,
-        mean=mean,
+        scale=noise_scale,
+        embeddings=embeddings,
         copies=noise_samples if corruption == "noise" else 1,
         seed=seed,
         sites=tuple(sites),
@@ -149,7 +149,7 @@ def causal_tracing(
         "analysis": "causal_tracing",
         "corrupt": corrupt,
         "corruption": corruption,
-        "noise_standard_deviation": sweep.deviation if corruption == "noise" else 0.0,
+        "noise_standard_deviation": noise_scale * embeddings.deviations[0] if corruption == "noise" else 0.0,
         "noise_scale": noise_scale,
         "noise_samples": sweep.copies,
         "window": window,
@@ -197,7 +197,7 @@ def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, quiet: bool
             clean[where] = _mean_of(trial.metric_of(logits, sweep.metric))
             progress.step()
             spoil = _spoiling(trial, masks[0], sweep)
-            trial, logits = trial.known([spoil], sweep.copies)
+            trial, logits = trial.known(spoil, sweep.copies)
             corrupted[where] = _mean_of(trial.metric_of(logits, sweep.metric))
             progress.step()
             for index, edits in _restorations(experiment, states, masks[1:], sweep):
@@ -212,22 +212,33 @@ def _mean_of(values: Any) -> NDArray[np.float64]:
     return np.asarray(values.double().mean(0).cpu().numpy())
 
 
-def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> Any:
-    """The edit that spoils the chosen embeddings, in every copy with other noise."""
+def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> list[Any]:
+    """The edits that spoil the chosen embeddings, in every copy with other noise."""
     import torch
 
     from mechanistic.capture.corruptions import embedding_noise
     from mechanistic.capture.interventions import Add, Edit
-    from mechanistic.capture.trial import put_back
 
-    width = len(sweep.mean)
-    if sweep.corruption == "mean":
-        values = torch.from_numpy(sweep.mean).expand(*mask.shape, width)
-        return Edit("text", 0, "resid_pre", put_back(values, torch.from_numpy(mask), sweep.copies))
-    noise = embedding_noise(
-        mask, width, scale=sweep.deviation, copies=sweep.copies, seed=sweep.seed, start=trial.batch.start
-    )
-    return Edit("text", 0, "resid_pre", Add(noise))
+    levels = embeddings_of(trial)
+    edits = []
+    for level, (own, where) in enumerate(zip(levels, entering(trial, mask, len(levels)), strict=True)):
+        if not where.any():
+            continue
+        if sweep.corruption == "mean":
+            mean = torch.from_numpy(sweep.embeddings.means[level]).to(own.device, own.dtype)
+            spoiling = (mean - own) * torch.from_numpy(where)[..., None].to(own.device)
+        else:
+            spoiling = embedding_noise(
+                where,
+                own.shape[-1],
+                scale=sweep.scale * sweep.embeddings.deviations[level],
+                copies=sweep.copies,
+                seed=sweep.seed,
+                start=trial.batch.start,
+                level=level,
+            )
+        edits.append(Edit("text", level, "resid_pre", Add(spoiling)))
+    return edits
 
 
 def _restorations(

@@ -60,8 +60,8 @@ class Experiment:
             trial = prepare_trial(
                 self.loaded, self.samples[where], start=start, foils=own, metric=metric, like=like
             )
-            if like is None:
-                self.first.append(trial)
+            if like is None or trial.resumed is not like.resumed:
+                self.first[:] = [trial]
             yield where, trial
 
     def coordinates(self, dim: str = "sample") -> dict[str, Any]:

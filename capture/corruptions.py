@@ -20,7 +20,7 @@ ImageCorruption = Literal["blur", "mean", "noise"]
 
 
 def embedding_noise(
-    where: NDArray[np.bool_], width: int, *, scale: float, copies: int, seed: int, start: int
+    where: NDArray[np.bool_], width: int, *, scale: float, copies: int, seed: int, start: int, level: int = 0
 ) -> Tensor:
     """Gaussian noise (copy * sample, token, `width`) of standard deviation `scale` on the tokens `where`.
 
@@ -32,11 +32,13 @@ def embedding_noise(
         (sample, token): which tokens are spoiled; the others get 0.
     start
         Number of the first sample.
+    level
+        Which embeddings, where a model has those of higher layers too: each gets other noise.
     """
     noise = np.zeros((copies, *where.shape, width), np.float32)
     for row, tokens in enumerate(where):
         for copy in range(copies):
-            rng = np.random.default_rng([seed, start + row, copy])
+            rng = np.random.default_rng([seed, start + row, copy, *([level] if level else [])])
             noise[copy, row, tokens] = scale * rng.standard_normal((int(tokens.sum()), width))
     return torch.from_numpy(noise.reshape(-1, *noise.shape[2:]))
 

@@ -80,7 +80,9 @@ class Trial:
         start = first_layer(edits, self.halves.get("text"))
         if start is not None and start in self.stream and self.resumed is not None:
             hidden = self.stream[start].repeat(copies // self.stream_copies, 1, 1)
-            with intervening(self.loaded, edits, self.halves):
+            # What the base does at the input of that layer and below is in the stream.
+            above = [e for e in self.base if (e.layer, e.site != "resid_pre") > (start, False)]
+            with intervening(self.loaded, [*above, *edits], self.halves):
                 return self.resumed.logits(inputs, last, start, hidden)
         edits = [*self.base, *edits]
         with intervening(self.loaded, edits, self.halves) if edits else nullcontext():
@@ -210,7 +212,8 @@ def prepare_trial(
     answers = _answer_tokens(loaded, batch, foils or [None] * len(samples), compared=metric == "logit_diff")
     inputs = to_device(batch.inputs, loaded.model)
     answers = AnswerTokens(*(each.to(loaded.model.device) for each in vars(answers).values()))
-    if like is not None:
+    # Whether images enter in higher layers shows only where there are any.
+    if like is not None and (any(like.batch.images) or not any(batch.images)):
         return Trial(loaded, batch, inputs, answers, like.halves, like.resumed)
     trial = Trial(loaded, batch, inputs, answers, {})
     return replace(trial, halves=find_halves(trial), resumed=find_resumed(trial))

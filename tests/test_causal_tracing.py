@@ -22,10 +22,11 @@ from mechanistic.analysis import causal_tracing, plot_causal_tracing
 from mechanistic.analysis.intervals import bootstrap_interval
 from mechanistic.capture.answers import to_device
 from mechanistic.capture.batch import prepare_batch
+from mechanistic.capture.decoder_inputs import DecoderInputs, changed_decoder_inputs
 from mechanistic.capture.forward_progress import ForwardProgress
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.token_table import TokenTexts
-from mechanistic.store.errors import DataError, ModelError, SpecificationError
+from mechanistic.store.errors import DataError, SpecificationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -210,9 +211,46 @@ def test_causal_tracing__refuses_what_does_not_exist() -> None:
         causal_tracing([replace(data[0], answer=None)], model, **PLAIN)
     with pytest.raises(DataError, match="cannot be told apart by one token"):
         causal_tracing([replace(data[0], options=("left", "zebra"))], model, metric="logit_diff", **PLAIN)
-    qwen = ZOO["qwen3_vl"]
-    with pytest.raises(ModelError, match="adds image features in higher layers too"):
-        causal_tracing(zoo_samples(qwen)[:1], qwen.build(), corrupt="image", **PLAIN)
+
+
+@pytest.mark.parametrize("corruption", ["noise", "mean"])
+def test_causal_tracing__spoils_image_features_of_higher_layers_too(corruption: str) -> None:
+    family = ZOO["qwen3_vl"]
+    model, (sample, *_) = family.build(), zoo_samples(family)
+    got = causal_tracing(
+        [sample],
+        model,
+        corrupt="image",
+        corruption=corruption,
+        noise_samples=1,
+        sites=["resid_post"],
+        places=["all"],
+        quiet=True,
+    )
+    inputs, labels, answer = one_token(model, sample)
+    image = np.flatnonzero(labels["kind"] == 1)
+
+    def spoil(values: torch.Tensor, level: int) -> torch.Tensor:
+        if corruption == "mean":
+            return values.mean(0).expand(values.shape)
+        seeds = [0, 0, 0, *([level] if level else [])]
+        noise = np.random.default_rng(seeds).standard_normal(values.shape) * 3 * float(values.std())
+        return values + torch.from_numpy(noise.astype(np.float32))
+
+    def change(given: DecoderInputs) -> DecoderInputs:
+        embeddings = given.embeddings.clone()
+        embeddings[0, image] = spoil(embeddings[0, image], 0)
+        deep = tuple(spoil(each, level + 1) for level, each in enumerate(given.deepstack))
+        assert deep
+        return DecoderInputs(embeddings, deep)
+
+    with torch.no_grad(), changed_decoder_inputs(model.model, change):
+        expected = float(model.model(**inputs).logits[0, -1].softmax(-1)[answer])
+    assert float(got.corrupted[0]) == pytest.approx(expected, abs=2e-6)
+    # Features that enter above the restored state stay spoiled.
+    last = float(got.restored.sel(layer=1)[0, 0, 0])
+    assert last == pytest.approx(float(got.clean[0]), abs=1e-6)
+    assert float(got.restored.sel(layer=0)[0, 0, 0]) != pytest.approx(float(got.clean[0]), abs=1e-5)
 
 
 def test_plot_causal_tracing__draws_every_site_by_layer_and_place() -> None:

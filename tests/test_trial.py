@@ -59,6 +59,20 @@ def test_trial__starts_in_the_middle_in_half_precision(dtype: torch.dtype) -> No
             torch.testing.assert_close(got, expected, atol=0.02 * float(logits.abs().max()), rtol=0)
 
 
+def test_trials__find_out_about_images_where_there_are_any() -> None:
+    family = ZOO["qwen3_vl"]
+    first, second, *_ = zoo_samples(family)
+    model = family.build()
+    words = prepare_trial(model, [replace(first, images=())])
+    shown = prepare_trial(model, [second], like=words)
+    assert words.resumed is not None
+    assert shown.resumed is not None
+    assert (words.resumed.image_layers, shown.resumed.image_layers) == (0, 1)
+    mixed = ablate([replace(first, images=()), second], model, method="zero", batch_size=1, quiet=True)
+    alone = ablate([second], model, method="zero", quiet=True)
+    np.testing.assert_allclose(mixed.ablated[1], alone.ablated[0], atol=1e-5)
+
+
 def test_first_layer__leaves_room_below_what_is_measured_from_a_layers_input() -> None:
     def edit(layer: int, site: str, stack: str = "text") -> Edit:
         return Edit(stack, layer, site, Scale(1.0))
