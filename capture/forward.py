@@ -32,6 +32,10 @@ Array = NDArray[Any]
 # Of a decoder, (row of the tensor's batch axis, position on its token axis) of each wanted token; of an
 # encoder, the rows among all its tokens in the order of its forward.
 Where = tuple[Tensor, ...]
+# Tokens of one sample that stand in a row: row of the batch, position, first row in the run, how many.
+Stretch = tuple[int, int, int, int]
+# Stretches shorter than this on average are gathered as single rows.
+LONG_STRETCH = 16
 
 
 class Collector:
@@ -41,6 +45,7 @@ class Collector:
         self.sites = {(site.stack.name, site.spec.site): [] for site in sites}  # type: dict[tuple[str, str], list[ResolvedSite]]
         self.where: dict[str, Where] = {}
         self.arrays: dict[str, Array] = {}
+        self._stretches: dict[str, list[Stretch] | None] = {}
         self._copies = HostCopies()
         self._missing: set[tuple[str, int]] = set()
         self._encoder_rows = sum(len(columns["position"]) for columns in batch.encoder)
@@ -49,6 +54,7 @@ class Collector:
             self.sites[site.stack.name, site.spec.site].append(site)
             where = rows_of(site, batch)
             self.where[site.group] = tuple(index.to(device) for index in where)
+            self._stretches[site.group] = stretches(where) if device.type == "cpu" else None
             shape = (len(site.layers), len(where[0]), *site.row_shape)
             self.arrays[site.group] = np.empty(shape, site.dtype)
             # Samples without images have no encoder forward.
@@ -67,10 +73,17 @@ class Collector:
             if site.stack.is_encoder:
                 self._take_piece(site, layer, tensor.reshape(-1, *tensor.shape[-len(site.row_shape) :]))
                 continue
-            batch, position = self.where[site.group]
-            rows = tensor[batch.to(tensor.device), position.to(tensor.device)]
-            self._put(site, layer, slice(None), rows)
+            self._take_rows(site, layer, tensor)
             self._missing.remove((site.group, layer))
+
+    def _take_rows(self, site: ResolvedSite, layer: int, tensor: Tensor) -> None:
+        whole = self._stretches[site.group]
+        if whole is None or tensor.device.type != "cpu":
+            batch, position = (index.to(tensor.device) for index in self.where[site.group])
+            self._put(site, layer, slice(None), tensor[batch, position])
+            return
+        for sample, first, row, count in whole:
+            self._put(site, layer, slice(row, row + count), tensor[sample, first : first + count])
 
     def _take_piece(self, site: ResolvedSite, layer: int, rows: Tensor) -> None:
         key = (site.group, layer)
@@ -108,6 +121,19 @@ def rows_of(site: ResolvedSite, batch: Batch) -> Where:
     position = [np.flatnonzero(each) for each in wanted]
     sample = np.repeat(np.arange(len(position)), [len(rows) for rows in position])
     return torch.from_numpy(sample), torch.from_numpy(np.concatenate(position))
+
+
+def stretches(where: Where) -> list[Stretch] | None:
+    """The wanted tokens as unbroken stretches, each copied once and not twice; None if they are short."""
+    if len(where) != 2 or not len(where[0]):
+        return None
+    batch, position = (index.numpy() for index in where)
+    starts = np.flatnonzero((np.diff(batch, prepend=-1) != 0) | (np.diff(position, prepend=-2) != 1))
+    counts = np.diff(starts, append=len(batch))
+    if len(batch) < LONG_STRETCH * len(starts):
+        return None
+    columns = (batch[starts], position[starts], starts, counts)
+    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in zip(*columns, strict=True)]
 
 
 def to_host(rows: Tensor, site: ResolvedSite, layer: int) -> Array:
