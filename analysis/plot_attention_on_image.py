@@ -1,4 +1,4 @@
-"""Attention over image tokens, drawn on the image, each value on the pixels that its token covers."""
+"""Attention, rollout or flow over image tokens, drawn on the image, on the pixels that each token covers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import DataError, DimensionError
 from mechanistic.store.schema import KIND
 
-from .attention_weights import pattern_of, plain_array
+from .attention_weights import PATTERN, pattern_of, plain_array
 from .palette import VERMILLION, literal, new_axes, save
+from .patch_density import overlaps, patch_density
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,40 +30,56 @@ def plot_attention_on_image(
     *,
     num_patches: int | None = None,
     boxes: Any = None,
+    sample: int | None = None,
     image_index: int = 0,
     tile: int | None = None,
+    label: str = "",
     title: str = "",
     alpha: float = 0.75,
     ax: Axes | None = None,
     save_path: str | Path | None = None,
 ) -> tuple[Figure, Axes]:
-    """Overlay the attention of one query row on the image.
+    """Overlay one row over image tokens on the image: attention, or what its rollout or flow makes of it.
+
+    Where a model reads one place in several crops, such as the whole image and its tiles (anyres), each
+    token's value is spread over its box, and a pixel shows the sum of those that cover it: the colours then
+    say how much falls on 1,000 pixels.
 
     Parameters
     ----------
     image
         A PIL image, a path, or an array or tensor (height, width, 3), (3, height, width) or (height, width).
     attention (key,)
-        Weights of one query row. A DataArray or Dataset with the labels of `attention_pattern` brings the
-        pixel boxes of its tokens: the image tokens of image `image_index` (and `tile`, where it is cut into
-        several) are drawn on the true patch grid, whatever the model's resizing did.
+        One row. A DataArray or Dataset with labelled tokens, such as `attention_pattern`, `rollout_row`,
+        `attention_rollout`, `attention_flow` or `cross_attention` give, brings the pixel boxes of its tokens,
+        so that those of image `image_index` are drawn on the true patch grid, whatever the model's resizing
+        did.
+    sample
+        Of rows of several samples, which one, by sample_index.
+    tile
+        Only the tokens of this crop.
     num_patches
         For a plain array: patches along one side of a square grid, or their total number.
     boxes (key, 4)
         For a plain array: x0, y0, x1, y1 of each token in pixels of `image`.
+    label
+        Of the colour bar; absent, the long name and units of the variable.
     alpha
         Opacity of the largest weight, 0 to 1; a weight of 0 leaves the image as it is.
 
     Raises
     ------
-    DimensionError  more than one row, a number of weights that the grid does not have, several tiles and none
-                    chosen, or an image of another shape.
+    DimensionError  more than one row, layer or sample, a number of weights that the grid does not have, or an
+                    image of another shape.
     DataError       NaN, or no weight on this image.
     """
     if isinstance(attention, xr.Dataset):
-        attention = pattern_of(attention)
-    if isinstance(attention, xr.DataArray) and boxes is None and num_patches is None:
-        attention, boxes = labelled_row(attention, image_index, tile)
+        attention = _variable(attention)
+    if isinstance(attention, xr.DataArray):
+        label = label or _label(attention)
+        if boxes is None and num_patches is None:
+            row = one_sample(attention, sample)
+            attention, boxes = labelled_row(row, image_index, tile, several=True)
     weights = plain_array(attention)
     if weights.ndim != 1 or not weights.size:
         raise DimensionError(
@@ -83,7 +100,7 @@ def plot_attention_on_image(
         )
     figure, ax = new_axes(ax, picture_size(width, height))
     ax.imshow(pixels, extent=(0, width, height, 0))
-    _overlay(figure, ax, weights, places, alpha)
+    _overlay(figure, ax, weights, places, alpha, label or "attention weight (share of the row)")
     ax.set(xlim=(0, width), ylim=(height, 0), xlabel="x (pixel)", ylabel="y (pixel)")
     ax.set_title(literal(title), fontsize=10)
     save(figure, save_path)
@@ -122,19 +139,41 @@ def image_pixels(image: Any) -> NDArray[Any]:
     return np.asarray(rgb)
 
 
-def _overlay(figure: Figure, ax: Axes, weights: NDArray[Any], places: NDArray[Any], alpha: float) -> None:
+def _overlay(
+    figure: Figure, ax: Axes, weights: NDArray[Any], places: NDArray[Any], alpha: float, label: str
+) -> None:
     """One colour, the more opaque the more attention: what is not looked at stays as it is."""
+    from matplotlib.cm import ScalarMappable
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import ListedColormap, to_rgb
     from matplotlib.patches import Rectangle
 
     ramp = ListedColormap([(*to_rgb(VERMILLION), opacity) for opacity in np.linspace(0, alpha, 256)])
-    cells = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places.tolist()]
-    overlay = PatchCollection(cells, cmap=ramp, linewidth=0, antialiased=False)
-    overlay.set_array(weights)
+    overlay: ScalarMappable
+    if overlaps(places):
+        x_edges, y_edges, density = patch_density(weights, places)
+        weights = 1000 * density
+        label = f"{label[:-1]} / 1,000 pixels)" if label.endswith(")") else f"{label} / 1,000 pixels"
+        overlay = ax.pcolormesh(x_edges, y_edges, weights, cmap=ramp, linewidth=0, antialiased=False)
+    else:
+        cells = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places.tolist()]
+        patches = PatchCollection(cells, cmap=ramp, linewidth=0, antialiased=False)
+        patches.set_array(weights)
+        overlay = ax.add_collection(patches)
     overlay.set_clim(0, float(weights.max()) or 1.0)
-    ax.add_collection(overlay)
-    figure.colorbar(overlay, ax=ax, label="attention weight (share of the row)")
+    figure.colorbar(overlay, ax=ax, label=literal(label))
+
+
+def _variable(dataset: xr.Dataset) -> xr.DataArray:
+    """The one variable of a result, or its attention_pattern."""
+    names = [name for name, variable in dataset.data_vars.items() if variable.dtype.kind == "f"]
+    return dataset[names[0]] if len(names) == 1 and PATTERN not in names else pattern_of(dataset)
+
+
+def _label(row: xr.DataArray) -> str:
+    what = str(row.attrs.get("long_name", str(row.name or "attention weight").replace("_", " ")))
+    units = str(row.attrs.get("units", "1"))
+    return f"{what} ({'share' if units == '1' else units})"
 
 
 def one_sample(row: xr.DataArray, sample: int | None) -> xr.DataArray:
@@ -160,8 +199,16 @@ def one_sample(row: xr.DataArray, sample: int | None) -> xr.DataArray:
     return row.isel({owner.dims[0]: np.flatnonzero(chosen)})
 
 
-def labelled_row(row: xr.DataArray, image_index: int, tile: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The weights on one image's tokens and their pixel boxes, from the labels of the keys."""
+def labelled_row(
+    row: xr.DataArray, image_index: int, tile: int | None, *, several: bool = False
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The weights on one image's tokens and their pixel boxes, from the labels of the keys.
+
+    Raises
+    ------
+    DimensionError  not one row, no labels, or several tiles and none chosen, unless `several` may be.
+    DataError       nothing is on this image.
+    """
     row = row.squeeze()
     prefix = "key_" if "key_kind" in row.coords else ""
     names = ("kind", "image_index", "tile", *BOX)
@@ -170,14 +217,14 @@ def labelled_row(row: xr.DataArray, image_index: int, tile: int | None) -> tuple
         raise DimensionError(
             f"one labelled row is drawn; this has the dimensions {', '.join(map(str, row.dims))}"
             + (f" and no labels {', '.join(missing)}." if missing else "."),
-            "Take attention_pattern(run, sample=, layer=, head=, query='last'), or pass num_patches=.",
+            "Choose one: attention_pattern(run, sample=, layer=, head=, query='last'), or .isel(layer=0).",
         )
     label = {name: np.asarray(row[prefix + name].values) for name in names}
     boxes = np.stack([label[name].astype(np.float64) for name in BOX], axis=1)
     drawn = (label["kind"] == KIND["image"]) & (label["image_index"] == image_index)
     drawn &= np.isfinite(boxes).all(axis=1)
     tiles = np.unique(label["tile"][drawn])
-    if tile is None and len(tiles) > 1:
+    if tile is None and len(tiles) > 1 and not several:
         raise DimensionError(
             f"this image is cut into the tiles {', '.join(map(str, tiles))}, which overlap.",
             f"Draw one of them: tile={tiles[0]}.",

@@ -73,6 +73,7 @@ def plot_cross_attention_attribution(
             num_patches=None if labelled else num_patches,
             image_index=image_index,
             tile=tile,
+            label="share of the row",
             title=heading,
             ax=panel,
         )
@@ -81,7 +82,7 @@ def plot_cross_attention_attribution(
         panel.set_yticks([])
         scale = panel.collections[-1].colorbar.ax
         scale.tick_params(labelsize=7)
-        scale.set_ylabel("share of the row" if place == len(words) - 1 else "", fontsize=8)
+        scale.set_ylabel(scale.get_ylabel() if place == len(words) - 1 else "", fontsize=8)
     if title and ax is None:
         figure.suptitle(literal(title), fontsize=11)
     save(figure, save_path)
