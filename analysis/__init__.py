@@ -20,6 +20,7 @@ from .attention_sparsity import attention_sparsity
 from .attribution_patching import attribution_patching
 from .attribution_sparsity import attribution_sparsity
 from .blocks import align_blocks, map_blocks
+from .causal_effect_strength import causal_effect_strength
 from .causal_tracing import causal_tracing
 from .cka import linear_cka
 from .compare_rdms import compare_rdms
@@ -35,6 +36,8 @@ from .logit_attribution import logit_attribution
 from .logit_lens import logit_lens
 from .model_rdms import model_dissimilarity
 from .noise_ceiling import noise_ceiling
+from .patch_activations import patch_activations
+from .patching import patch
 from .path_graph import path_graph, plot_path_graph
 from .path_patching import path_patching
 from .plot_attention_heatmap import plot_attention_heatmap
@@ -84,6 +87,7 @@ __all__ = [
     "attention_statistics",
     "attribution_patching",
     "attribution_sparsity",
+    "causal_effect_strength",
     "causal_tracing",
     "class_directions",
     "compare_rdms",
@@ -102,6 +106,8 @@ __all__ = [
     "model_dissimilarity",
     "noise_ceiling",
     "open_dissimilarity",
+    "patch",
+    "patch_activations",
     "path_graph",
     "path_patching",
     "plot_attention_heatmap",

@@ -1,8 +1,8 @@
 """A decoder's forward that starts at one of its layers, from hidden states that are known already.
 
 The layers below it pass on what they get, the image tower is left out, and the given states go into the
-layer. Masks, rotary positions, what comes between layers and what follows them are the model's own code, which
-sees its usual call. Only logits of the last prompt tokens are computed.
+layer. Masks, rotary positions, what comes between layers and what follows them are made by the model's own
+code, which sees its usual call. Only logits of the last prompt tokens are computed.
 """
 
 from __future__ import annotations

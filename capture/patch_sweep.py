@@ -1,0 +1,220 @@
+"""Patched forwards in batches: one site of one layer, many places, heads and pairs of samples at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .batch import Batch
+from .interventions import Edit, ReplaceRows, intervening, replace_rows
+from .known_states import KnownStates, Rows, StoredStates, Wanted
+from .models import LoadedModel
+from .residual import Halves
+from .resumed_forward import ResumedForward, check_error, joined_inputs, plain_logits
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Which rows of sample `base` are replaced by which of `source`; of all heads, or of one.
+
+    `base_rows` and `source_rows` are positions of the stack's own tokens, one to one.
+    """
+
+    base: int
+    source: int
+    base_rows: NDArray[np.int64]
+    source_rows: NDArray[np.int64]
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class PatchSweep:
+    """Everything that patched forwards of one run or dataset share."""
+
+    loaded: LoadedModel
+    resumed: ResumedForward
+    states: KnownStates
+    questions: Mapping[int, Batch]
+    halves: Mapping[str, Halves | None]
+    batch_size: int
+
+    def start(self, stack: str, site: str, layer: int) -> int | None:
+        """The decoder's layer at which a patched forward starts; None where it is a whole one."""
+        if stack != "text":
+            return None
+        after = site == "resid_post" and layer + 1 > self.resumed.image_layers
+        return layer + 1 if after else layer
+
+    def needed(self, stack: str, site: str, layer: int) -> list[Wanted]:
+        """What must be known of samples: the stream that enters the forward, and what is patched."""
+        start = self.start(stack, site, layer)
+        own = [(stack, site, layer)]
+        return own if start is None else [self._entering(start), *own]
+
+    def require(self, stack: str, site: str, layer: int) -> None:
+        """MissingSiteError unless the run has what a patch of this site needs, at least of some tokens."""
+        if isinstance(self.states, StoredStates):
+            for each in self.needed(stack, site, layer):
+                self.states.find(*each)
+
+    def prepare(self, samples: Iterable[int], patched: Iterable[Wanted]) -> None:
+        """Make known what patches of these sites need of these samples."""
+        self.states.prepare(samples, [each for site in patched for each in self.needed(*site)])
+
+    @property
+    def kept_layers(self) -> int:
+        """How many layers of a sample are in memory at a time."""
+        depth = len(self.loaded.anatomy.stack("text").layers)
+        return 1 if isinstance(self.states, StoredStates) else depth
+
+    def end_logits(self, samples: Iterable[int]) -> dict[int, Tensor]:
+        """Logits (word,), float32, of the samples as they are: from the last residual that the run has."""
+        found = {}
+        for number in samples:
+            inputs, last = joined_inputs(self.loaded, [self.questions[number].inputs])
+            hidden = self.states.last_residual(number)
+            with torch.no_grad():
+                if hidden is None:
+                    found[number] = plain_logits(self.loaded, inputs, last)[0]
+                    continue
+                depth = len(self.loaded.anatomy.stack("text").layers)
+                stream = hidden.new_zeros(1, self._length(number), len(hidden))
+                stream[0, -1] = hidden
+                found[number] = self.resumed.logits(inputs, last, depth, stream)[0]
+        return found
+
+    def logits(
+        self, stack: str, site: str, layer: int, patches: Sequence[Patch]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Logits (patch, word), float32, batch by batch, each with its place among the patches.
+
+        Raises
+        ------
+        MissingSiteError    the run lacks a row that is needed.
+        """
+        bases = sorted({patch.base for patch in patches})
+        sources = self.states.rows(stack, site, layer, sorted({patch.source for patch in patches}))
+        for patch in patches:
+            self._require(sources[patch.source], patch.source_rows, stack, site, patch.source)
+        start = self.start(stack, site, layer)
+        streams = {} if start is None else self._streams(start, bases)
+        for first in range(0, len(patches), self.batch_size):
+            where = slice(first, first + self.batch_size)
+            chosen = patches[where]
+            values = torch.cat([sources[each.source].at(each.source_rows, each.head) for each in chosen])
+            with torch.no_grad():
+                if start is None:
+                    yield where, self._whole(stack, site, layer, chosen, values)
+                else:
+                    yield where, self._resumed(start, site, layer, chosen, values, streams)
+
+    def prove_states(self, layers: Sequence[int], sample: int) -> float:
+        """By how much logits from the known states of a sample miss those of a plain forward of it.
+
+        Raises
+        ------
+        CaptureError    by more than the dtype explains.
+        """
+        inputs, last = joined_inputs(self.loaded, [self.questions[sample].inputs])
+        with torch.no_grad():
+            plain = plain_logits(self.loaded, inputs, last)
+            error = 0.0
+            for layer in layers:
+                hidden = self._streams(layer, [sample])[sample][None]
+                got = self.resumed.logits(inputs, last, layer, hidden)
+                error = max(error, float((got - plain).abs().max() / plain.abs().max().clamp_min(1e-30)))
+        check_error(error, self.loaded.dtype, "a forward resumed from the run's states")
+        return error
+
+    def _entering(self, start: int) -> tuple[str, str, int]:
+        depth = len(self.loaded.anatomy.stack("text").layers)
+        return ("text", "resid_pre", start) if start < depth else ("text", "resid_post", depth - 1)
+
+    def _streams(self, start: int, samples: Sequence[int]) -> dict[int, Tensor]:
+        """What goes into a layer, (token, d_model), of whole prompts."""
+        stack, site, layer = self._entering(start)
+        found = {}
+        for number, rows in self.states.rows(stack, site, layer, samples).items():
+            every = np.arange(self._length(number))
+            self._require(rows, every, stack, site, number)
+            found[number] = rows.at(every)
+        return found
+
+    def _length(self, sample: int) -> int:
+        return int(self.questions[sample].inputs["input_ids"].shape[1])
+
+    def _require(self, rows: Rows, positions: NDArray[np.int64], stack: str, site: str, sample: int) -> None:
+        if rows.lacking(positions):
+            assert isinstance(self.states, StoredStates)
+            name = self.questions[sample].samples[0].sample_id
+            gone = len(np.setdiff1d(positions, rows.positions))
+            raise self.states.missing(stack, site, f"{gone} of {len(positions)} tokens of sample {name!r}")
+
+    def _resumed(
+        self,
+        start: int,
+        site: str,
+        layer: int,
+        chosen: Sequence[Patch],
+        values: Tensor,
+        streams: Mapping[int, Tensor],
+    ) -> Tensor:
+        inputs, last = joined_inputs(
+            self.loaded,
+            [self.questions[patch.base].inputs for patch in chosen],
+            images=self.resumed.needs_images(start),
+        )
+        own = [streams[patch.base] for patch in chosen]
+        hidden = torch.nn.utils.rnn.pad_sequence(own, batch_first=True).to(self.loaded.model.device)
+        index = _index(chosen)
+        if site == "resid_pre" or (site == "resid_post" and start == layer + 1):
+            return self.resumed.logits(inputs, last, start, replace_rows(hidden, index, values))
+        edit = Edit("text", layer, site, ReplaceRows(index, values))
+        with intervening(self.loaded, [edit], self.halves):
+            return self.resumed.logits(inputs, last, start, hidden)
+
+    def _whole(self, stack: str, site: str, layer: int, chosen: Sequence[Patch], values: Tensor) -> Tensor:
+        inputs, last = joined_inputs(self.loaded, [self.questions[patch.base].inputs for patch in chosen])
+        lengths = [len(self.questions[patch.base].encoder[0]["position"]) for patch in chosen]
+        change = ReplaceFlatRows(_flat_index(chosen, lengths), values, sum(lengths))
+        with intervening(self.loaded, [Edit(stack, layer, site, change)], self.halves):
+            return plain_logits(self.loaded, inputs, last)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceFlatRows:
+    """Replace rows of an encoder's tensor, counted over all its crops; (row,) or (row, head)."""
+
+    where: tuple[Tensor, ...]
+    values: Tensor
+    rows: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        flat = tensor.reshape(self.rows, *tensor.shape[2:])
+        return replace_rows(flat, self.where, self.values).reshape(tensor.shape)
+
+
+def _index(chosen: Sequence[Patch]) -> tuple[Tensor, ...]:
+    counts = [len(patch.base_rows) for patch in chosen]
+    batch = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(counts))
+    rows = torch.from_numpy(np.concatenate([patch.base_rows for patch in chosen]))
+    return (batch, rows, *_head_index(chosen, counts))
+
+
+def _flat_index(chosen: Sequence[Patch], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    before = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    pieces = [patch.base_rows + start for patch, start in zip(chosen, before, strict=True)]
+    counts = [len(piece) for piece in pieces]
+    return (torch.from_numpy(np.concatenate(pieces)), *_head_index(chosen, counts))
+
+
+def _head_index(chosen: Sequence[Patch], counts: Sequence[int]) -> tuple[Tensor, ...]:
+    if chosen[0].head is None:
+        return ()
+    heads = torch.tensor([-1 if patch.head is None else patch.head for patch in chosen])
+    return (torch.repeat_interleave(heads, torch.tensor(counts)),)
