@@ -28,7 +28,8 @@ from .forward import run_forward
 from .mask_rules import MaskRule, describe, find_cross_rule, find_rule
 from .models import LoadedModel
 from .output_projection import OutputProjection, ProjectionProbe, projection_problem
-from .residual import Halves, LayerProbe, relative_error
+from .rebuilt_attention import check_shape, rebuild
+from .residual import Halves, LayerProbe
 from .tap import AttentionCall, tapped
 
 # Share of the largest value by which a rebuilt tensor may differ from the model's own.
@@ -184,7 +185,7 @@ def _observe(
         stack, proof = anatomy.of(name), stacks[name]
         if name == "text":
             projections[layer].attended(call.output)
-        _check_shape(call, stack, f"{name}.{layer}")
+        check_shape(call, stack, f"{name}.{layer}")
         lengths = [call.query.shape[2]] * call.query.shape[0]
         if stack.is_encoder:
             rule = encoder_rule(vision_config(loaded.model), layer)
@@ -196,7 +197,9 @@ def _observe(
             lengths = [len(layout) for layout in batch.layouts(name)]
         proof.rules[layer] = rule
         proof.attention[str(layer)] = describe(rule, call)
-        _rebuild(call, stack, proof, lengths)
+        row_sum_error, output_error = rebuild(call, stack, lengths)
+        proof.row_sum_error = max(proof.row_sum_error, row_sum_error)
+        proof.output_error = max(proof.output_error, output_error)
 
     with ExitStack() as watching:
         watching.enter_context(tapped(loaded.model, attended))
@@ -212,21 +215,6 @@ def _observe(
     return stacks, logits
 
 
-def _check_shape(call: AttentionCall, stack: Stack, where: str) -> None:
-    got = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
-    expected = (stack.heads, stack.kv_heads, stack.head_width)
-    if got != expected:
-        raise ModelError(
-            f"{where}: heads, kv heads and head width are {got}, its configuration says {expected}.",
-            "This architecture needs an adapter; until it has one, nothing of it is captured.",
-        )
-    if call.position_bias is not None or _has_bias(call):
-        raise ModelError(
-            f"{where}: a position bias is added to its attention scores, which q and k do not hold.",
-            "Models with relative position bias cannot be captured yet.",
-        )
-
-
 def _sample_rule(call: AttentionCall, name: str, layer: int, proof: StackProof, batch: Batch) -> MaskRule:
     if layer in proof.rules:
         raise ModelError(
@@ -240,25 +228,6 @@ def _sample_rule(call: AttentionCall, name: str, layer: int, proof: StackProof, 
             "This architecture needs an adapter; until it has one, use --max-new-tokens 0.",
         )
     return rule
-
-
-def _rebuild(call: AttentionCall, stack: Stack, proof: StackProof, lengths: list[int]) -> None:
-    pattern = call.pattern()
-    mixed = pattern @ call.value.float().repeat_interleave(stack.heads // stack.kv_heads, dim=1)
-    for row, length in enumerate(lengths):
-        valid = slice(length)
-        if call.sinks is None:
-            sums = pattern[row, :, valid].sum(-1)
-            proof.row_sum_error = max(proof.row_sum_error, float((sums - 1).abs().max()))
-        error = relative_error(mixed[row].transpose(0, 1)[valid], call.output[row, valid])
-        proof.output_error = max(proof.output_error, error)
-
-
-def _has_bias(call: AttentionCall) -> bool:
-    """Whether an additive mask does more than open and close."""
-    if call.mask is None or call.mask.dtype == torch.bool:
-        return False
-    return bool((call.mask[call.mask > torch.finfo(call.mask.dtype).min / 2] != 0).any())
 
 
 def _join_halves(stack: Stack, proof: StackProof, probes: list[LayerProbe]) -> None:
