@@ -21,7 +21,7 @@ from .answers import option_logits, option_tokens, score
 from .backend import Captured, backend_of
 from .batch import Batch
 from .batch_attempts import attempt
-from .batch_plan import batches, windows
+from .batch_plan import batches, committable, windows
 from .batch_rows import place_rows, split_rows
 from .dataset import Dataset, Sample
 from .failures import SampleError, failed_rows
@@ -134,15 +134,21 @@ class Job:
         done, self._committed = self.span.start + writer.samples, time.monotonic()
         with WriteBehind() as behind:
             for window in windows(self.span, self.settings.batch_size):
-                if window[0] < done:
+                if window[-1] < done:
                     continue
+                plan = self.plan(window)
+                left = [batch for batch in plan if batch[-1] >= done]
                 try:
-                    pieces = self.window(window, progress, interruption, fail_fast=fail_fast)
+                    pieces = self.window(left, progress, interruption, fail_fast=fail_fast)
+                    # All of the window, or after a signal what of it is whole.
+                    ready = committable(plan, {*pieces, *range(window[0], done)})
+                    rows = [pieces[number] for number in ready if number >= done]
+                    behind.put(partial(self._write, writer, rows, progress))
+                    interruption.check()
                 except BaseException:
                     behind.wait()
                     writer.commit()
                     raise
-                behind.put(partial(self._write, writer, [pieces[number] for number in window], progress))
         self.put_readout(writer)
         writer.finish()
 
@@ -154,7 +160,8 @@ class Job:
         numbers = [number for number in self.span if self.dataset[number].sample_id in wanted]
         for first in range(0, len(numbers), self.settings.batch_size):
             chosen = numbers[first : first + self.settings.batch_size]
-            pieces = self.window(chosen, progress, interruption, keep_failed=False)
+            pieces = self.window(self.plan(chosen), progress, interruption, keep_failed=False)
+            interruption.check()
             self.append(writer, [pieces[number] for number in chosen if number in pieces], progress)
         writer.expect(writer.samples)
         writer.finish()
@@ -172,31 +179,35 @@ class Job:
             writer.append(self.placed(rows, before), samples=1)
             progress.advance(1, len(rows["tokens/text"]["position"]), lambda: writer.bytes_written)
 
+    def plan(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The batches of a window."""
+        samples = {number: self.dataset[number] for number in numbers}
+        alike = adapter_of(self.loaded.model).equal_images
+        return batches(samples, self.settings.batch_size, equal_images=alike)
+
     def window(
         self,
-        numbers: Sequence[int],
+        plan: Sequence[list[int]],
         progress: Progress,
         interruption: Interruption,
         *,
         fail_fast: bool = False,
         keep_failed: bool = True,
     ) -> dict[int, Rows]:
-        """The rows of these samples by number, each counted from its own 0."""
-        samples = {number: self.dataset[number] for number in numbers}
+        """The rows of these batches' samples by number, each from its own 0; after a signal, fewer."""
 
         def failed(number: int, failure: SampleError) -> Rows:
             if fail_fast:
                 raise failure.error
             progress.failed += 1
             progress.say(f"failed: {failure.what}")
-            return failed_rows(samples[number], failure.error, self.groups) if keep_failed else {}
+            return failed_rows(self.dataset[number], failure.error, self.groups) if keep_failed else {}
 
         done: dict[int, Rows] = {}
-        alike = adapter_of(self.loaded.model).equal_images
-        for batch in batches(samples, self.settings.batch_size, equal_images=alike):
-            interruption.check()
+        for batch in plan:
+            if interruption.received is not None:
+                break
             done |= attempt(batch, self.captured, failed, progress.say)
-        interruption.check()
         return {number: rows for number, rows in done.items() if rows}
 
     def captured(self, numbers: list[int]) -> list[Rows]:

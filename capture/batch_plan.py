@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from PIL import Image
@@ -33,6 +33,22 @@ def batches(window: Mapping[int, Sample], batch_size: int, *, equal_images: bool
         for group in (list(members) for _, members in alike)
         for first in range(0, len(group), batch_size)
     ]
+
+
+def committable(plan: Sequence[Sequence[int]], done: Collection[int]) -> list[int]:
+    """The longest beginning of a window that is whole batches of it, all `done`.
+
+    A run that stops there computes nothing of it again, and no batch differs from an uninterrupted run's.
+    """
+    numbers = sorted(number for batch in plan for number in batch)
+    ready = {number for batch in plan if all(each in done for each in batch) for number in batch}
+    whole = 0
+    for count, number in enumerate(numbers, 1):
+        if number not in ready:
+            break
+        if all((batch[0] <= number) == (batch[-1] <= number) for batch in plan):
+            whole = count
+    return numbers[:whole]
 
 
 def expected_length(sample: Sample) -> tuple[int, int, int]:

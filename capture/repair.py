@@ -26,7 +26,7 @@ from mechanistic.store.repair import (
 
 from .batch_attempts import attempt
 from .batch_job import Job
-from .batch_plan import batches, windows
+from .batch_plan import windows
 from .dataset import Dataset
 from .failures import SampleError, failed_rows
 from .models import LoadedModel
@@ -210,7 +210,7 @@ class Repair:
             return failed_rows(samples[number], failure.error, self.job.groups)
 
         done: dict[int, Rows] = {}
-        for batch in batches(samples, self.job.settings.batch_size):
+        for batch in self.job.plan(window):
             if wanted & set(batch):
                 done |= attempt(batch, self.job.captured, failed, print)
         return done

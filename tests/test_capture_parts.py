@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import xarray as xr
 from tiny_models import Listed, llava, samples
 
-from mechanistic.capture.batch_plan import batches, windows
+from mechanistic.capture import batch_plan
+from mechanistic.capture.batch_plan import batches, committable, windows
 from mechanistic.capture.cluster import capture_on_cluster
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
@@ -22,6 +22,7 @@ from mechanistic.store import open_run, read_manifest
 from mechanistic.store.errors import IncompleteRunError, OutputExistsError, UsageError
 from mechanistic.store.merge import merge_run
 
+WINDOW_BATCHES = batch_plan.WINDOW_BATCHES
 DATA = Listed(samples(8, images=(1, 2)))
 SETTINGS: dict[str, Any] = {
     "sites": ("text.*.resid_post[text]", "text.1.pattern[last]", "text.*.k"),
@@ -94,13 +95,25 @@ def test_batches__are_of_similar_length_whatever_comes_before() -> None:
     assert everything == [list(range(1, 20, 2)), list(range(0, 20, 2))]
 
 
-def test_cluster__captures_every_part_and_retries_where_a_worker_died(tmp_path: Path) -> None:
+def test_committable__is_whole_batches_from_the_beginning() -> None:
+    plan = [[0, 2], [1, 3], [4, 5], [6, 7]]
+    assert committable(plan, range(8)) == [*range(8)]
+    assert committable(plan, {0, 2, 4, 5}) == []
+    assert committable(plan, {0, 1, 2, 3, 6, 7}) == [0, 1, 2, 3]
+    assert committable(plan, {0, 1, 2, 3, 4}) == [0, 1, 2, 3]
+    assert committable(plan, set()) == []
+
+
+def test_cluster__has_the_content_of_one_process_also_where_a_worker_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
     from distributed import LocalCluster
 
     settings = {"sites": ("text.*.k",), "batch_size": 2, "dtype": "float32"}
     data = DyingOnce(16, tmp_path / "died")
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as cluster:
         done = capture_on_cluster(
             cluster.scheduler_address, "spatial-tiny", data, tmp_path / "run", parts=4, quiet=True, **settings
@@ -110,7 +123,17 @@ def test_cluster__captures_every_part_and_retries_where_a_worker_died(tmp_path: 
     held = open_run(tmp_path / "run")
     names = [Shapes(16)[number].sample_id for number in range(16)]
     assert held["samples"]["sample_id"].values.tolist() == names
-    assert np.isfinite(held["text/k"]["k"].values).all()
+    # Workers have the windows of the library, and one thread.
+    monkeypatch.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", WINDOW_BATCHES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for index in range(4):
+            alone = {**settings, "part": (index, 4), "quiet": True}
+            capture_run("spatial-tiny", Shapes(16), tmp_path / "alone", **alone)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(tmp_path / "alone", tmp_path / "run")
 
 
 class DyingOnce(Shapes):

@@ -38,7 +38,7 @@ def main() -> None:
             with job.open() as writer:
                 begun = time.perf_counter()
                 for window in windows(job.span, settings.batch_size):
-                    job.window(window, progress, Interruption())
+                    job.window(job.plan(window), progress, Interruption())
                 rates["without writing"].append(count / (time.perf_counter() - begun))
                 begun = time.perf_counter()
                 job.run(writer, progress, Interruption())
