@@ -4,7 +4,7 @@
 process that holds the engine, the capture and the writer; the rounds of a ratio take turns. A second process
 does the same with vllm-lens, which returns the same residuals in memory, against plain rounds of its own.
 
-python tests/benchmarks/bench_vllm.py [--peer FOLDER] [--rounds 3] [--num-samples 64]
+python tests/benchmarks/bench_vllm.py [--peer FOLDER] [--rounds 3] [--num-samples 256]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--peer", type=Path, help="folder that vllm-lens is installed into")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--num-samples", type=int, default=256)
     parser.add_argument("--only", choices=("capture", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -80,6 +80,12 @@ def questions(count: int) -> list[str]:
     ]
 
 
+def batches(prompts: list[str]) -> list[list[str]]:
+    """The same batches for all, as many prompts as the engine takes at once."""
+    size = ENGINE["max_num_seqs"]
+    return [prompts[first : first + size] for first in range(0, len(prompts), size)]
+
+
 def in_turns(rounds: int, ways: dict[str, Callable[[int], None]]) -> dict[str, float]:
     """CPU seconds of the best round of each way, the first round of all being for warming up."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
@@ -113,7 +119,8 @@ def with_capture(model: Path, prompts: list[str], rounds: int) -> None:
 
     def plain(number: int) -> None:
         backend.unwatch()
-        engine.llm.generate(prompts, sampling, use_tqdm=False)
+        for batch in batches(prompts):
+            engine.llm.generate(batch, sampling, use_tqdm=False)
 
     def captured(name: str, sites: tuple[str, ...]) -> Callable[[int], None]:
         def run(number: int) -> None:
@@ -122,7 +129,7 @@ def with_capture(model: Path, prompts: list[str], rounds: int) -> None:
                 data,
                 Path(folder) / f"{name}-{number}",
                 sites=sites,
-                batch_size=len(prompts),
+                batch_size=ENGINE["max_num_seqs"],
                 max_new_tokens=0,
                 quiet=True,
             )
@@ -155,14 +162,19 @@ def with_peer(model: Path, prompts: list[str], rounds: int) -> None:
     wanted = SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=asked)
 
     def returned(number: int) -> None:
-        for output in llm.generate(prompts, wanted, use_tqdm=False):
-            held: Any = output.activations["residual_stream"]  # type: ignore[attr-defined]
-            assert held.shape[0] == LAYERS
+        for batch in batches(prompts):
+            for output in llm.generate(batch, wanted, use_tqdm=False):
+                held: Any = output.activations["residual_stream"]  # type: ignore[attr-defined]
+                assert held.shape[0] == LAYERS
+
+    def without(number: int) -> None:
+        for batch in batches(prompts):
+            llm.generate(batch, plain, use_tqdm=False)
 
     in_turns(
         rounds,
         {
-            "plain generate": lambda number: llm.generate(prompts, plain, use_tqdm=False) and None,
+            "plain generate": without,
             "vllm-lens: residuals of all layers, in memory": returned,
         },
     )
