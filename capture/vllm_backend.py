@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -213,11 +214,13 @@ class VllmBackend:
             shape = (len(site.layers), len(rows_of(site, batch)[0]), *site.row_shape)
             values = np.empty(shape, site.dtype)
             for place, layer in enumerate(site.layers):
-                heads = heads_of(site, name)
-                rows = spool.rows(name, layer, plan.selection(name), wanted, heads)
+                heads, target = heads_of(site, name), torch.from_numpy(values[place])
+                rows = spool.rows(name, layer, plan.selection(name), wanted, heads, target)
                 if site.heads is not None and len(site.heads) != heads:
                     rows = rows[:, list(site.heads)]
-                values[place] = in_stored_dtype(rows, site, layer).numpy()
+                stored = in_stored_dtype(rows, site, layer)
+                if stored.data_ptr() != target.data_ptr():
+                    target.copy_(stored)
             arrays[site.group] = {site.name: values}
         row_sites = RowSites(sites, batch)
         layers = {layer for each in row_sites.sites for layer in each.site.layers}

@@ -55,9 +55,20 @@ class Spool:
             file.unlink(missing_ok=True)
 
     def rows(
-        self, name: str, layer: int, selection: str, wanted: Sequence[NDArray[np.int64]], heads: int | None
+        self,
+        name: str,
+        layer: int,
+        selection: str,
+        wanted: Sequence[NDArray[np.int64]],
+        heads: int | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The wanted positions of every sample, end to end: (row, ...), of all `heads` where it has some.
+
+        Parameters
+        ----------
+        out
+            Where to put them, if they come from one process and are of its dtype: a copy less.
 
         Raises
         ------
@@ -66,10 +77,13 @@ class Spool:
         where = f"text.{layer}.{name}"
         places = self._place(selection, wanted, where)
         index = torch.from_numpy(places.rows)
-        if heads is None:
+        if heads is None or len(self._open) == 1:
             whole = self._tensor(0, f"{name}.{layer}", where)
             self._check_again(whole, places, where)
-            return whole.index_select(0, index)
+            if out is not None and out.dtype == whole.dtype and out.shape[1:] == whole.shape[1:]:
+                return torch.index_select(whole, 0, index, out=out)
+            rows = whole.index_select(0, index)
+            return rows if heads is None else join_heads([rows], heads)
         parts = []
         for rank in range(len(self._open)):
             part = self._tensor(rank, f"{name}.{layer}", where)
