@@ -50,6 +50,7 @@ from .plot_layers import plot_layers
 from .plot_logit_lens import plot_logit_lens
 from .plot_mds import plot_mds
 from .plot_multi_head_attention import plot_multi_head_attention
+from .plot_patching import plot_patching
 from .plot_pixel_attribution import plot_pixel_attribution
 from .plot_probe import plot_probe
 from .plot_rdm import plot_rdm
@@ -120,6 +121,7 @@ __all__ = [
     "plot_logit_lens",
     "plot_mds",
     "plot_multi_head_attention",
+    "plot_patching",
     "plot_path_graph",
     "plot_pixel_attribution",
     "plot_probe",

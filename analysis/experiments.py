@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ _CAPTURE = ("data_root", "num_samples", "seed", "dtype", "device", "batch_size")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Mount `attention_maps` and `cross_attn_attribution`."""
+    """Mount `attention_maps`, `cross_attn_attribution` and `activation_patching`."""
     _add(
         commands,
         "attention_maps",
@@ -31,6 +31,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "samples of each relation and outcome",
         _cross_attn_attribution,
     )
+    _add(
+        commands,
+        "activation_patching",
+        "which layers, places and heads carry the answer, by patching minimal pairs",
+        "maps and tables of the share of the answer that patching recovers, by layer and role and by layer "
+        "and head, which are also kept in the run",
+        _activation_patching,
+        sites=("text.*.resid_pre", "text.*.resid_post[last]", "text.*.z"),
+    )
 
 
 def _add(
@@ -39,11 +48,12 @@ def _add(
     summary: str,
     contents: str,
     draw: Callable[[Path, Path, int], list[Path]],
+    sites: Sequence[str] = SITES,
 ) -> None:
     command = commands.add_parser(
         name,
         help=f"experiment: {summary}",
-        description="Capture queries and keys of a model on a dataset into DIR/run, unless that run is "
+        description="Capture what it needs of a model on a dataset into DIR/run, unless that run is "
         f"there, and write into DIR: {contents}. Interrupted, the same command continues.",
     )
     command.add_argument("--model-name", metavar="NAME", help="as for `mechanistic capture`")
@@ -58,7 +68,9 @@ def _add(
     command.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16")
     command.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
     command.add_argument("--batch-size", metavar="N", help="samples a forward (default: 8)")
-    command.add_argument("--sites", nargs="+", metavar="SITE", help=f"default: {' '.join(SITES)}")
+    command.add_argument(
+        "--sites", nargs="+", metavar="SITE", default=sites, help=f"default: {' '.join(sites)}"
+    )
     command.add_argument(
         "--num-shown", type=int, default=4, metavar="N", help="samples to draw one by one (default: 4)"
     )
@@ -92,7 +104,7 @@ def _capture(args: argparse.Namespace, run: Path) -> int:
     given = [(name, getattr(args, name)) for name in _CAPTURE]
     options = [text for name, value in given if value for text in (f"--{name.replace('_', '-')}", value)]
     command: list[Any] = ["capture", "--model-name", args.model_name, "--dataset", args.dataset, *options]
-    command += ["--output-dir", str(run), "--sites", *(args.sites or SITES)]
+    command += ["--output-dir", str(run), "--sites", *args.sites]
     capture = build_parser().parse_args([*command, *(["--quiet"] if args.quiet else [])])
     return int(capture.run_command(capture))
 
@@ -107,3 +119,9 @@ def _cross_attn_attribution(run: Path, folder: Path, shown: int) -> list[Path]:
     from .cross_attn_attribution import cross_attn_attribution
 
     return cross_attn_attribution(run, folder, shown=shown)
+
+
+def _activation_patching(run: Path, folder: Path, shown: int) -> list[Path]:
+    from .activation_patching import activation_patching
+
+    return activation_patching(run, folder)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("capture", "store", "analysis")
 MAY_CALL_CAPTURE = {
     "analysis/ablation.py",
+    "analysis/activation_patching.py",
     "analysis/answer_change.py",
     "analysis/answer_pairs.py",
     "analysis/attention_knockout.py",
