@@ -15,7 +15,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-# The real engine, on CPUs: 3.5 GB to install, and about 5 CPU-minutes, installing included.
+# The real engine, on CPUs: 3.5 GB to install, and about 5 CPU-minutes, installing included. It needs no compiler,
+# and of the system only lscpu (util-linux).
 test-vllm: $(VENV_VLLM)/installed
 	$(BIN_VLLM)/python -m pytest tests/vllm_backend -W default
 
