@@ -56,6 +56,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _what(parser.add_argument_group("what to capture"))
+    _questions(parser.add_argument_group("how to read the questions"))
     _how(parser.add_argument_group("how to run"))
     _survive(parser.add_argument_group("failures, and many processes"))
     parser.set_defaults(run_command=_capture)
@@ -76,6 +77,7 @@ def _add_repair(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     repair.add_argument("--data-root", metavar="DIR", help="where the files of the dataset are")
     repair.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
+    _questions(repair.add_argument_group("how to read the questions, as when they were captured"))
     repair.set_defaults(run_command=_repair)
 
 
@@ -109,6 +111,35 @@ def _what(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="longest answer to generate, greedily; 0 for none (default: 8)",
     )
+
+
+def _questions(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--text-only", action="store_true", help="ask the questions without images")
+    group.add_argument("--split", metavar="NAME", help="of a dataset that has several, such as test")
+    group.add_argument("--task", metavar="NAME", help="of VSR: how its statements are asked")
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        type=_column,
+        metavar="FIELD=COLUMN",
+        help="columns of a table that have other names, such as question=prompt image=photo",
+    )
+    group.add_argument(
+        "--answer-is", choices=("text", "index"), help="answers of a table: an option, or its number from 0"
+    )
+
+
+def _dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in ("text_only", "split", "task", "answer_is")}
+    given["columns"] = dict(args.columns or ())
+    return {name: value for name, value in given.items() if value}
+
+
+def _column(text: str) -> tuple[str, str]:
+    field, separator, column = text.partition("=")
+    if not (field and separator and column):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=COLUMN, such as question=prompt")
+    return field, column
 
 
 def _how(group: argparse._ArgumentGroup) -> None:
@@ -176,7 +207,11 @@ def _capture(args: argparse.Namespace) -> int:
     parse_sites(args.sites)
     _check_parts(args)
     dataset = open_dataset(
-        args.dataset, data_root=args.data_root, num_samples=args.num_samples, seed=args.seed
+        args.dataset,
+        data_root=args.data_root,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        **_dataset_options(args),
     )
     loading: dict[str, Any] = {
         name: getattr(args, name)
@@ -232,6 +267,7 @@ def _repair(args: argparse.Namespace) -> int:
         data_root=args.data_root,
         num_samples=about["num_samples"],
         seed=capture["seed"],
+        **_dataset_options(args),
     )
     require_libraries(quiet=True)
     from .models import load_model

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mechanistic.analysis.cli import main
+from mechanistic.capture import cli
 from mechanistic.capture.cli import add_commands
+from mechanistic.capture.datasets import open_dataset
 from mechanistic.capture.specification import DEFAULT_SITES, SITES, TOKENS
 from mechanistic.store import open_run, site
 
@@ -104,3 +106,20 @@ def test_capture__help_names_every_site_and_selection(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     for word in (*SITES, *TOKENS, *DEFAULT_SITES, "spatial-tiny", "shapes", "--plan", "exit code 2"):
         assert word in text
+
+
+def test_capture__reads_a_table_as_its_options_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"asked": "Is the cat left of the dog?", "options": ["yes", "no"], "answer": 1}\n')
+    ask = ["capture", "--model-name", "spatial-tiny", "--dataset", str(table), "--plan", "--output-dir"]
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    named = ["--columns", "question=asked", "--answer-is", "index", "--text-only"]
+    args = parser.parse_args([*ask, str(tmp_path / "run"), *named])
+    sample = open_dataset(str(table), **cli._dataset_options(args))[0]
+    assert (sample.question, sample.answer, sample.images) == ("Is the cat left of the dog?", "no", ())
+    with pytest.raises(SystemExit):
+        parser.parse_args([*ask, str(tmp_path / "run"), "--columns", "asked"])
+    assert "'asked' is not FIELD=COLUMN, such as question=prompt" in capsys.readouterr().err
