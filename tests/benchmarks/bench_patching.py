@@ -135,7 +135,7 @@ def timed(work: Any) -> tuple[Any, float]:
 
 
 def compare(name: str, loaded: LoadedModel, dataset: Any, pairs: int) -> bool:
-    """Time all three, and print forwards per CPU second and whether the target is met; False if they differ."""
+    """Time all three, and print forwards per CPU second and the target; False if their logits differ."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         sites = ["text.*.resid_pre", "text.*.resid_post[last]"]
