@@ -44,7 +44,9 @@ def test_check_version__another_version_is_named_with_the_range(monkeypatch: pyt
     foreign: Any = ModuleType("vllm")
     foreign.__version__ = "0.19.1"
     monkeypatch.setitem(sys.modules, "vllm", foreign)
-    with pytest.raises(UsageError, match=r"vLLM 0\.19\.1 is not one of .*0\.32 to before 0\.33.*\n.*pip install"):
+    with pytest.raises(
+        UsageError, match=r"vLLM 0\.19\.1 is not one of .*0\.32 to before 0\.33.*\n.*pip install"
+    ):
         check_version()
     foreign.__version__ = "0.32.1"
     assert check_version() == "0.32.1"
