@@ -87,7 +87,9 @@ def plot_path_graph(
     ------
     DimensionError  no edge, or not what `path_graph` returned.
     """
-    if "edge" not in graph.dims or not graph.sizes["edge"]:
+    if "edge" not in graph.dims:
+        raise DimensionError("this is no graph of paths.", "Pass path_graph(result).")
+    if not graph.sizes["edge"]:
         raise DimensionError(
             "there is no path to draw.", "Lower the threshold: path_graph(result, threshold=0.01)."
         )
