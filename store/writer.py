@@ -18,7 +18,7 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from .differences import differences
-from .disk import full_disk
+from .disk import full_disk, needed
 from .errors import OutputExistsError, StoreError
 from .growing import GrowingArray, Threads, create_array, dimensions
 from .lock import locked, release_lock, take_lock
@@ -38,6 +38,8 @@ class RunWriter:
         self.path = path
         self.manifest = manifest
         self.samples = manifest.samples
+        # Of what was given since, for the price of a run that fills its disk before the first commit.
+        self._given, self._given_bytes = 0, 0
         self._lock = lock
         self._threads = Threads()
         self._arrays: dict[str, dict[str, GrowingArray]] = {}
@@ -103,7 +105,9 @@ class RunWriter:
 
     def append(self, rows: Mapping[str, Mapping[str, NDArray[Any]]], *, samples: int) -> None:
         """Add the rows of the next `samples` samples: {group: {array: values}}, every array of a group."""
-        with full_disk(self.path, self.manifest):
+        self._given += samples
+        self._given_bytes += sum(values.nbytes for columns in rows.values() for values in columns.values())
+        with full_disk(self.path, self._needs):
             for group, columns in rows.items():
                 arrays = self._arrays[group]
                 lengths = {arrays[n].axis: v.shape[arrays[n].axis] for n, v in columns.items() if n in arrays}
@@ -121,7 +125,7 @@ class RunWriter:
 
     def put_static(self, group: str, dataset: xr.Dataset, attrs: Mapping[str, Any] | None = None) -> None:
         """Write a small group whole, such as readout/; part of the next commit."""
-        with full_disk(self.path, self.manifest):
+        with full_disk(self.path, self._needs):
             shutil.rmtree(self.path / group, ignore_errors=True)
             root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
             node = root.create_group(
@@ -149,7 +153,7 @@ class RunWriter:
 
     def commit(self) -> None:
         """Make every appended sample permanent. The replaced manifest is the instant it happens."""
-        with full_disk(self.path, self.manifest):
+        with full_disk(self.path, self._needs):
             files = dict(self.manifest.files)
             for array in self._each():
                 array.flush()
@@ -175,7 +179,7 @@ class RunWriter:
                 f"{self.path} holds {self.samples} of {self.manifest.expected} samples: not finished.",
                 "Run the same capture command again to continue it.",
             )
-        with full_disk(self.path, self.manifest):
+        with full_disk(self.path, self._needs):
             manifest = self.manifest.finished()
             root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
             root.attrs["completeness"] = {
@@ -191,6 +195,13 @@ class RunWriter:
     def expect(self, samples: int) -> None:
         """Change how many samples the finished run will have."""
         self.manifest = replace(self.manifest, expected=samples)
+
+    def _needs(self) -> str:
+        held = self.manifest
+        if held.samples:
+            return needed(held.samples, held.expected, held.stored_bytes, "that are there")
+        which = f"that the first {self._given} are before compression"
+        return needed(self._given, held.expected, self._given_bytes, which)
 
     @property
     def bytes_written(self) -> int:

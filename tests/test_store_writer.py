@@ -15,6 +15,7 @@ import zarr
 
 from mechanistic.store import ArraySchema, GroupSchema, RunWriter, open_run, read_manifest
 from mechanistic.store.errors import DiskFullError, OutputExistsError, StoreError
+from mechanistic.store.info import human_bytes
 from mechanistic.store.layout import layout
 
 
@@ -150,13 +151,29 @@ def test_writer__full_disk_keeps_what_is_committed(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mechanistic.store.manifest.os.fsync", full)
-    with pytest.raises(DiskFullError, match="committed so far is intact"):
+    with pytest.raises(DiskFullError, match=r"committed so far is intact. The 11 samples .* that are there"):
         writer.commit()
     monkeypatch.undo()
     writer.close()
     run = open_run(tmp_path / "run", allow_partial=True)
     expected = small_run.rows(0)["text/resid_post"]["resid_post"]
     np.testing.assert_array_equal(run["text/resid_post"]["resid_post"].values, expected)
+
+
+def test_writer__full_disk_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, small_run.groups(), samples=12)
+    rows = small_run.rows(0)
+    writer.append(rows, samples=1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    held = human_bytes(sum(values.nbytes for columns in rows.values() for values in columns.values()))
+    with monkeypatch.context() as patched:
+        patched.setattr("mechanistic.store.manifest.os.fsync", full)
+        with pytest.raises(DiskFullError, match=rf"11 samples .* by the {held} that the first 1 are before"):
+            writer.commit()
+    writer.close()
 
 
 def test_writer__static_group_opens_with_labels(tmp_path: Path) -> None:
