@@ -12,8 +12,9 @@ BIN_VLLM := $(VENV_VLLM)/bin
 demo: $(VENV)/installed
 	$(BIN)/mechanistic demo
 
+# A process for each of two cores, with one thread each: the sums of two threads differ from run to run.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The real engine, on CPUs: 3.5 GB to install, and about 5 CPU-minutes, installing included. It needs no compiler,
 # and of the system only lscpu (util-linux).

@@ -69,10 +69,15 @@ def plot_patching(
     ax.set_ylabel("layer")
     if shown.size <= 80:
         _write(ax, shown)
-    figure.colorbar(image, ax=ax, label="recovered share", extend="both")
+    figure.colorbar(image, ax=ax, label=f"recovered share{_count(result)}", extend="both")
     ax.set_title(literal(title))
     save(figure, save_path)
     return figure, ax
+
+
+def _count(result: xr.Dataset) -> str:
+    """How many pairs the mean is over, where the result still has them."""
+    return f" (n = {result.sizes['pair']} pairs)" if "pair" in result.sizes else ""
 
 
 def _write(ax: Axes, shown: xr.DataArray) -> None:
