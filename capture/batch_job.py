@@ -34,6 +34,7 @@ from .price import Price, price
 from .progress import Progress
 from .prompts import build_prompt
 from .proof import Proof
+from .read_ahead import ReadAhead
 from .readout import head_readout
 from .run_description import CaptureSettings, run_attributes, run_groups
 from .sites import attended, resolve_sites
@@ -204,16 +205,21 @@ class Job:
             return failed_rows(self.dataset[number], failure.error, self.groups) if keep_failed else {}
 
         done: dict[int, Rows] = {}
-        for batch in plan:
-            if interruption.received is not None:
-                break
-            done |= attempt(batch, self.captured, failed, progress.say)
+        with ReadAhead() as ahead:
+            for batch, following in zip(plan, [*plan[1:], []], strict=True):
+                if interruption.received is not None:
+                    break
+                ahead.start({number: self.dataset[number] for number in following})
+                done |= attempt(batch, partial(self.captured, ahead=ahead), failed, progress.say)
         return {number: rows for number, rows in done.items() if rows}
 
-    def captured(self, numbers: list[int]) -> list[Rows]:
+    def captured(self, numbers: list[int], *, ahead: ReadAhead | None = None) -> list[Rows]:
         """The rows of each of these samples, captured together; SampleError if one cannot be."""
+        samples = [self.dataset[number] for number in numbers]
+        if ahead is not None:
+            samples = [ahead.sample(*numbered) for numbered in zip(numbers, samples, strict=True)]
         done = self.backend.capture(
-            [self.dataset[number] for number in numbers],
+            samples,
             self.sites,
             self.proof,
             max_new_tokens=self.settings.max_new_tokens,

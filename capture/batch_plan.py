@@ -8,7 +8,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from .dataset import ImageSource, Sample
+from .dataset import ImageSource, LoadedImage, Sample
 
 # Results wait in memory for the samples before them, so a window is also what a job holds at most.
 WINDOW_BATCHES = 4
@@ -58,7 +58,7 @@ def expected_length(sample: Sample) -> tuple[int, int, int]:
 
 def _area(source: ImageSource) -> int:
     """Pixels of an image from its header; 0 where it cannot be read, which its capture will report."""
-    if isinstance(source, Image.Image):
+    if isinstance(source, Image.Image | LoadedImage):
         return source.width * source.height
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:

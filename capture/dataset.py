@@ -13,12 +13,31 @@ from PIL import Image, ImageOps
 
 from mechanistic.store.errors import DatasetError
 
-ImageSource = Path | str | bytes | Image.Image
 Scalar = str | int | float | bool
 
 
 class ImageError(DatasetError):
     """An image is missing, or is not an image."""
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """Pixels as the processor gets them (RGB, upright), and the encoded file that they came from."""
+
+    pixels: Image.Image
+    encoded: bytes
+    sha256: str
+
+    @property
+    def width(self) -> int:
+        return self.pixels.width
+
+    @property
+    def height(self) -> int:
+        return self.pixels.height
+
+
+ImageSource = Path | str | bytes | Image.Image | LoadedImage
 
 
 @dataclass(frozen=True)
@@ -83,32 +102,17 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-@dataclass(frozen=True)
-class LoadedImage:
-    """Pixels as the processor gets them (RGB, upright), and the encoded file that they came from."""
-
-    pixels: Image.Image
-    encoded: bytes
-    sha256: str
-
-    @property
-    def width(self) -> int:
-        return self.pixels.width
-
-    @property
-    def height(self) -> int:
-        return self.pixels.height
-
-
 def load_image(source: ImageSource, *, sample_id: str = "") -> LoadedImage:
     """Decode an image and keep the bytes that it was decoded from.
 
-    A path is read as it is; an image that is already in memory is encoded as PNG.
+    A path is read as it is; an image in memory is encoded as PNG; one that is loaded already stays so.
 
     Raises
     ------
     ImageError    the file is missing or unreadable, or its bytes are not a whole image.
     """
+    if isinstance(source, LoadedImage):
+        return source
     if isinstance(source, Image.Image):
         pixels = source.convert("RGB")
         encoded = encode_png(pixels)
