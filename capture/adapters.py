@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .adapter_blip import CAPTIONS, blip_answers, blip_prompts, blip_tables
 from .adapter_mllama import mllama_tables
 from .adapter_qformer import blip2_tables, instructblip_tables
 from .labelled import Labelled, Tables
+from .prompts import EncodedPrompts, Inputs
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Adapter:
         The module whose dtype is the model's, where a part of it is kept in another.
     equal_images
         Whether images that pad a batch are attended to, so that its samples must have equally many.
+    marks
+        Whether a token of the prompt shows where an image is.
+    prompts
+        Makes of the processor's prompts what the decoder reads, where that is not the same.
+    answers
+        Writes the answers to those, in place of `generate_answers`.
     """
 
     roots: Mapping[str, str] | None = None
@@ -41,12 +49,24 @@ class Adapter:
     placeholders: bool = True
     computes: str | None = None
     equal_images: bool = False
+    marks: bool = True
+    prompts: Callable[[Any, EncodedPrompts], EncodedPrompts] | None = None
+    answers: Callable[[Any, Any, Inputs, int], list[list[int]]] | None = None
 
 
 _QFORMER = {"text": "language_model", "vision": "vision_model", "qformer": "qformer"}
 
-# By the `model_type` of the configuration.
+# By the `model_type` of the configuration, or by the class where a type has models of several kinds.
 ADAPTERS: Mapping[str, Adapter] = {
+    CAPTIONS: Adapter(
+        roots={"text": "text_decoder", "vision": "vision_model"},
+        images=(1, 1),
+        tables=blip_tables,
+        placeholders=False,
+        marks=False,
+        prompts=blip_prompts,
+        answers=blip_answers,
+    ),
     "blip-2": Adapter(roots=_QFORMER, images=(1, 1), tables=blip2_tables, computes="language_model"),
     "instructblip": Adapter(
         roots=_QFORMER, images=(1, 1), tables=instructblip_tables, computes="language_model"
@@ -68,4 +88,5 @@ ADAPTERS: Mapping[str, Adapter] = {
 
 def adapter_of(model: Any) -> Adapter:
     """The adapter of a model's family, or one that says nothing."""
-    return ADAPTERS.get(getattr(getattr(model, "config", None), "model_type", ""), Adapter())
+    of_type = ADAPTERS.get(getattr(getattr(model, "config", None), "model_type", ""), Adapter())
+    return ADAPTERS.get(type(model).__name__, of_type)

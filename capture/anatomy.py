@@ -124,11 +124,12 @@ def find_anatomy(model: Any) -> Anatomy:
     decoder = roots.get("text")
     norm = _final_norm(decoder, stacks["text"]) if decoder is not None and "text" in stacks else None
     unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+    two_parts = hasattr(model, "text_encoder") and hasattr(model, "text_decoder")
+    if two_parts or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         unknown.append("how prompt and answer divide over its text encoder and decoder")
     image_token = image_token_id(model)
     # Two towers side by side, such as CLIP's, have no images among their words.
-    if len(roots) > 1 and image_token is None and model.can_generate():
+    if len(roots) > 1 and image_token is None and model.can_generate() and adapter_of(model).marks:
         unknown.append("the id of the image token (config.image_token_id)")
     if unknown:
         unknown += [

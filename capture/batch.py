@@ -101,7 +101,8 @@ def prepare_batch(
     asked = ask(loaded, samples)
     check_positions(loaded, samples, asked.encoded, max_new_tokens)
     if generate:
-        answers = generate_answers(loaded.model, loaded.tokenizer, asked.encoded.inputs, max_new_tokens)
+        write = adapter_of(loaded.model).answers or generate_answers
+        answers = write(loaded.model, loaded.tokenizer, asked.encoded.inputs, max_new_tokens)
     else:
         answers = [[0] * max_new_tokens for _ in samples]
     return answered(loaded, asked, start, answers, texts)
@@ -151,7 +152,10 @@ def ask(loaded: LoadedModel, samples: Sequence[Sample]) -> Asked:
             "Samples with different numbers of images share a batch, and this model would attend to padding.",
             "Capture them one at a time: --batch-size 1.",
         )
-    return Asked(list(samples), images, layouts, prompts, _encode(loaded, samples, prompts, images))
+    encoded, read = _encode(loaded, samples, prompts, images), adapter_of(loaded.model).prompts
+    if read is not None:
+        encoded = read(loaded, encoded)
+    return Asked(list(samples), images, layouts, prompts, encoded)
 
 
 def answered(

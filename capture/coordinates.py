@@ -12,6 +12,7 @@ from typing import Any
 
 from mechanistic.store.errors import ModelError
 
+from .adapter_blip import blip_layout
 from .adapter_mllama import mllama_layout
 from .adapter_qformer import qformer_layout
 from .coordinates_anyres import llava_next, llava_onevision
@@ -24,6 +25,7 @@ Layout = Callable[[Any, Any, int, int, int], ImageLayout]
 
 # By the `model_type` of the configuration.
 LAYOUTS: Mapping[str, Layout] = {
+    "blip": blip_layout,
     "blip-2": qformer_layout,
     "instructblip": qformer_layout,
     "llava": llava,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mechanistic.store.errors import ModelError
 
+from .attention_blip import hook_own_attention
 from .attention_editor import Editor
 from .attention_formula import attention_scores, attention_weights, repeat_heads
 
@@ -85,6 +86,7 @@ class _Tapped:
     config: Any
     implementation: str | None
     taps: tuple[Tap, ...] = ()
+    hooks: tuple[Any, ...] = ()
 
 
 # By id of the configuration, which the entry keeps alive. Not a context variable: a cell of a notebook that
@@ -110,7 +112,10 @@ class Tap:
                 entry = _tapped.get(id(config))
                 if entry is None:
                     entry = _tapped[id(config)] = _Tapped(config, config._attn_implementation_internal)
-                    config._attn_implementation_internal = NAME
+                    entry.hooks = tuple(hook_own_attention(model, config, _attend))
+                    # Code of its own looks nothing up, and would still get the masks of that name.
+                    if not entry.hooks:
+                        config._attn_implementation_internal = NAME
                 entry.taps += (self,)
 
     def remove(self) -> None:
@@ -122,6 +127,8 @@ class Tap:
                 if entry.taps:
                     continue
                 del _tapped[key]
+                for hook in entry.hooks:
+                    hook.remove()
                 # Whoever chose another implementation meanwhile keeps it.
                 if entry.config._attn_implementation_internal == NAME:
                     entry.config._attn_implementation_internal = entry.implementation
@@ -176,7 +183,13 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    own: tuple[Tensor, Tensor | None] | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     entry = _tapped.get(id(getattr(module, "config", None)))
     if entry is None:
@@ -185,15 +198,20 @@ def _attend(
             "Load the model again: it was copied or pickled while it was being captured.",
         )
     editors = [tap.editor for tap in entry.taps if tap.editor is not None]
+    given = (query, key, value, attention_mask)
     for editor in editors:
         query, key, value, attention_mask = editor.before(module, query, key, value, attention_mask)
+    # What a module computed by itself stands unless an editor changed what it was computed from.
+    stale = any(a is not b for a, b in zip(given, (query, key, value, attention_mask), strict=True))
     call = _describe(module, query, key, value, attention_mask, kwargs)
     weights: Tensor | None
     pattern: Tensor | None = None
     wanted = [editor for editor in editors if editor.edits_weights(module)]
-    if wanted:
+    if wanted or (own is not None and stale):
         output, pattern = _by_formula(call, wanted, kwargs.get("dropout", 0.0))
         weights = pattern
+    elif own is not None:
+        output, weights = own
     else:
         output, weights = _compute(entry.implementation, module, query, key, value, attention_mask, kwargs)
     for editor in editors:

@@ -134,7 +134,7 @@ def alone(family: Family, loaded: LoadedModel, prompt: str, sample: Sample) -> S
             return_dict_in_generate=True,
         )
     seen.states = list(out.hidden_states)
-    new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    new = out.sequences[0, inputs["input_ids"].shape[1] - family.unread :].tolist()
     ends = {loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id}
     stop = next((place for place, token in enumerate(new) if token in ends), len(new))
     seen.answer = new[: min(stop, ANSWER)]
@@ -164,6 +164,8 @@ def watching(family: Family, model: nn.Module, seen: Seen) -> Iterator[None]:
                         out if isinstance(out, torch.Tensor) else out[0]
                     )
                 )
+                for hook in own_hooks(owner, seen, layer):
+                    stack.callback(hook.remove)
                 for hook in half_hooks(family, name, number, layer, seen):
                     stack.callback(hook.remove)
                 stack.callback(before.remove)
@@ -184,6 +186,22 @@ def watching(family: Family, model: nn.Module, seen: Seen) -> Iterator[None]:
         model.set_attn_implementation("eager")  # type: ignore[operator]
         stack.callback(model.set_attn_implementation, own)  # type: ignore[arg-type]
         yield
+
+
+def own_hooks(owner: dict[nn.Module, tuple[str, int]], seen: Seen, layer: nn.Module) -> Iterator[Any]:
+    """Record weights and outputs of BLIP's attention, whose code is its own and returns its weights."""
+    for part in layer.modules():
+        kind = type(part).__name__
+        if kind not in ("BlipAttention", "BlipTextSelfAttention"):
+            continue
+        weights, mixed = (kept.setdefault(owner[part], []) for kept in (seen.weights, seen.mixed))
+        yield part.register_forward_hook(lambda _, args, out, kept=weights: kept.append(out[1]))
+        if kind == "BlipAttention":
+            yield part.projection.register_forward_pre_hook(  # type: ignore[union-attr]
+                lambda _, args, kept=mixed: kept.append(args[0])
+            )
+        else:
+            yield part.register_forward_hook(lambda _, args, out, kept=mixed: kept.append(out[0]))
 
 
 def half_hooks(family: Family, stack: str, number: int, layer: nn.Module, seen: Seen) -> Iterator[Any]:
@@ -518,7 +536,9 @@ def test_zoo__a_family_without_an_adapter_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl", "gemma3", "llava", "llama", "mllama", "blip2"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "qwen2_vl", "gemma3", "llava", "llama", "mllama", "blip", "blip2"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_zoo__half_precision_stays_close_to_single(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family, values = ZOO[name], {}
@@ -580,7 +600,7 @@ def test_zoo__rotary_positions_have_no_end(name: str) -> None:
     assert ZOO[name].build().anatomy.positions is None
 
 
-@pytest.mark.parametrize(("name", "count"), [("blip2", 2), ("instructblip", 0), ("mllama", 0)])
+@pytest.mark.parametrize(("name", "count"), [("blip", 0), ("blip2", 2), ("instructblip", 0), ("mllama", 0)])
 def test_zoo__a_sample_with_another_number_of_images_is_named(name: str, count: int) -> None:
     loaded = ZOO[name].build()
     asked = [samples(ZOO[name])[0], Sample("odd", (Image.new("RGB", (32, 32)),) * count, "where ?")]

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import picture
 from zoo_encoders import bert, gemma2, gpt2, gpt_oss, sees_only, text_only, two_towers_clip, two_towers_siglip
 from zoo_parts import HUB, TEXT
-from zoo_queried import mllama, queried
+from zoo_queried import blip, mllama, queried
 from zoo_vision_language import gemma3, idefics3, internvl, llava, onevision, paligemma, qwen
 
 from mechanistic.capture.dataset import Sample
@@ -29,7 +29,8 @@ class Family:
     children of a layer whose outputs are its two halves and the one that reads what is between; None where
     there is no such thing. `cross` names the layers of a stack that attend to another's tokens, `own` those
     that attend to their own, if not all do. `most` is how many images a sample has at most. The image tokens
-    of a `placeless` family have no place in the image.
+    of a `placeless` family have no place in the image. `unread` is how many tokens at the end of a prompt
+    `generate` leaves out.
     """
 
     build: Callable[[], LoadedModel]
@@ -42,6 +43,7 @@ class Family:
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     most: int = 2
     placeless: bool = False
+    unread: int = 0
 
     def halves_of(self, stack: str, layer: int | None = None) -> tuple[str, str, str] | None:
         """Those of `halves`, or the commonest."""
@@ -178,6 +180,15 @@ ZOO: dict[str, Family] = {
         lambda: idefics3("SmolVLM"),
         {"text": "model.text_model.layers", "vision": "model.vision_model.encoder.layers"},
         {"text": ["causal"], "vision": ["per_image"]},
+    ),
+    "blip": Family(
+        blip,
+        {"text": "text_decoder.bert.encoder.layer", "vision": "vision_model.encoder.layers"},
+        {"text": ["causal"], "vision": ["per_image"]},
+        halves={"text": None},
+        cross={"text": (0, 1)},
+        most=1,
+        unread=1,
     ),
     "blip2": _queried("Blip2", {"text": ["causal"], "qformer": ["bidirectional"]}),
     "instructblip": _queried("InstructBlip", {"text": ["causal"], "qformer": ["bidirectional"]}),

@@ -7,6 +7,7 @@ from typing import Any
 from zoo_parts import HALF, HUB, PLAIN, TEXT, VOCABULARY, grown, siglip, template, tokenizer
 
 from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.train_architecture import END
 
 TOWER = {key: value for key, value in siglip().items() if key != "vision_use_head"}
 QUERIES = 4
@@ -34,6 +35,22 @@ def queried(name: str) -> LoadedModel:
 
 
 SQUARE = {"height": 32, "width": 32}
+BLIP_WORDS = {
+    "encoder_hidden_size": 16,
+    "projection_dim": 16,
+    "max_position_embeddings": 99,
+    "bos_token_id": VOCABULARY["<|vision_start|>"],
+    "sep_token_id": END,
+}
+
+
+def blip() -> LoadedModel:
+    """BLIP as it captions; its decoder begins with another token than its tokenizer writes."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    config = HUB.BlipConfig(text_config={**PLAIN, **BLIP_WORDS}, vision_config=TOWER)
+    processor = HUB.BlipProcessor(BlipImageProcessorPil(size=SQUARE, **HALF), tokenizer(eos=True))
+    return grown(HUB.BlipForConditionalGeneration(config), processor, "blip")
 
 
 def mllama() -> LoadedModel:

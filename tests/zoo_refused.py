@@ -8,16 +8,16 @@ from typing import Any
 from zoo_parts import HUB, PLAIN, siglip
 
 
-def _blip() -> Any:
+def _blip_that_answers() -> Any:
     text = {**PLAIN, "encoder_hidden_size": 16, "projection_dim": 16}
     tower = {k: v for k, v in siglip().items() if k != "vision_use_head"}
-    return HUB.BlipForConditionalGeneration(HUB.BlipConfig(text_config=text, vision_config=tower))
+    return HUB.BlipForQuestionAnswering(HUB.BlipConfig(text_config=text, vision_config=tower))
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "blip": (
-        _blip,
-        r"could not establish the id of the image token .*; the attention of the text stack, which is code "
-        r"of its own; the attention of the vision stack",
+    "blip_that_answers": (
+        _blip_that_answers,
+        r"BlipForQuestionAnswering: could not establish .*how prompt and answer divide over its text encoder "
+        r"and decoder",
     ),
 }
