@@ -100,7 +100,9 @@ def task(name: str, path: str) -> None:
         run = open_run(path)
         dask.compute(run["text/q"]["q"].data.max(), run["text/k"]["k"].data.max())
     elif name == "ours":
-        attention_statistics(open_run(path), [entropy_statistic(), mass_statistic()]).compute()
+        rows = attention_statistics(open_run(path), [entropy_statistic(), mass_statistic()])
+        # Of 8 GB, the numbers of every row alone would take half of the memory.
+        rows.mean("token").compute()
     elif name == "two_hop":
         two_hop(open_run(path)).compute()
     elif name == "product":
