@@ -50,7 +50,8 @@ def changed_decoder_inputs(model: Any, change: Callable[[DecoderInputs], Decoder
             )
         new = change(DecoderInputs(embeddings, tuple(given.get(DEEPSTACK) or ())))
         calls.append(1)
-        given |= {"input_ids": None, "inputs_embeds": new.embeddings}
+        # A copy, since a decoder may add its positions in place (BLIP).
+        given |= {"input_ids": None, "inputs_embeds": new.embeddings.clone()}
         if new.deepstack:
             given[DEEPSTACK] = list(new.deepstack)
         return (), given

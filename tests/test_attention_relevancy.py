@@ -55,12 +55,18 @@ def authors(asked: TargetedSample) -> NDArray[Any]:
     model = asked.loaded.model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    # BLIP returns its encoder's attention; that of its decoder is seen as its modules give it.
+    own = [module for module in model.modules() if type(module).__name__ == "BlipTextSelfAttention"]
+    seen: list[torch.Tensor] = []
+    handles = [module.register_forward_hook(lambda _, args, output: seen.append(output[1])) for module in own]
     try:
         output = model(**asked.inputs, output_attentions=True, use_cache=False)
-        attentions = getattr(output, "language_model_outputs", output).attentions
+        attentions = seen or getattr(output, "language_model_outputs", output).attentions
         logits = output.logits[:, int(asked.batch.last_prompt[0])]
         gradients = torch.autograd.grad(asked.target.of(logits)[0], attentions)
     finally:
+        for handle in handles:
+            handle.remove()
         if before != "eager":
             model.set_attn_implementation(before)
     width = attentions[0].shape[-1]
