@@ -63,6 +63,9 @@ def attention_relevancy(
     Chefer, Gur and Wolf (2021), Generic Attention-model Explainability for Interpreting Bi-Modal and
     Encoder-Decoder Transformers.
     """
+    from mechanistic.capture.libraries import require_model_libraries
+
+    require_model_libraries()
     from mechanistic.capture.given import given_model, given_samples
     from mechanistic.capture.relevancy import relevancy_labels, relevancy_rows
     from mechanistic.capture.targeted_sample import target_sample

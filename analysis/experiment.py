@@ -81,6 +81,9 @@ def begin(model: Any, samples: Any) -> Experiment:
                     these are no samples, or a run without its images.
     ModelError      the model cannot be loaded, or has no decoder.
     """
+    from mechanistic.capture.libraries import require_model_libraries
+
+    require_model_libraries()
     from mechanistic.capture.given import given_model, given_samples
 
     loaded = given_model(model, None, "LoadedModel(model, processor, 'mine')")

@@ -62,6 +62,9 @@ def gradcam(
     ----------
     Selvaraju et al. (2017), Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization.
     """
+    from mechanistic.capture.libraries import require_model_libraries
+
+    require_model_libraries()
     from mechanistic.capture.encoder_gradients import encoder_layer
     from mechanistic.capture.given import given_model, given_samples
 

@@ -90,6 +90,9 @@ def integrated_gradients(
     ----------
     Sundararajan, Taly and Yan (2017), Axiomatic Attribution for Deep Networks.
     """
+    from mechanistic.capture.libraries import require_model_libraries
+
+    require_model_libraries()
     from mechanistic.capture.given import given_model, given_samples
     from mechanistic.capture.path_gradients import Path, path_integral
 

@@ -44,6 +44,9 @@ def patch_activations(
     DataError           a module's outputs have different shapes and no positions are given; no such position.
     UsageError          an input is neither a pair nor a mapping of tensors; a module did not run.
     """
+    from mechanistic.capture.libraries import require_model_libraries
+
+    require_model_libraries()
     import torch
 
     from mechanistic.capture.layer_names import resolve_module

@@ -163,6 +163,9 @@ def _prepare(
     run: xr.DataTree, model: Any, pairs: SamplePairs, metric: str, recompute: bool, batch_size: int
 ) -> tuple[PatchSweep, PairAnswers | None]:
     """Load the model, encode the samples, find how forwards are resumed and where states come from."""
+    from mechanistic.capture.libraries import require_model_libraries
+
+    require_model_libraries()
     from mechanistic.capture.given import given_model
     from mechanistic.capture.known_states import RecordedStates, StoredStates, require_same_model
     from mechanistic.capture.pair_metrics import PAIR_METRICS, pair_answers

@@ -11,6 +11,7 @@ from mechanistic.store.errors import UsageError
 
 from .datasets import dataset_names, open_dataset
 from .engine_options import engine_options
+from .libraries import require_model_libraries
 from .parts import PartOf
 from .specification import ATTENTION_SITES, CROSS_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
 
@@ -301,15 +302,10 @@ def _check_parts(args: argparse.Namespace) -> None:
 
 def require_libraries(*, quiet: bool) -> None:
     """UsageError unless a model can be loaded; `quiet`, or with output to a file, without progress bars."""
-    try:
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as cause:
-        raise UsageError(
-            f"This needs torch and transformers; {cause.name or 'one of them'} is not installed.",
-            'Install them: pip install "mechanistic[capture]"',
-        ) from cause
+    require_model_libraries()
     if quiet or not sys.stderr.isatty():
+        import transformers
+
         library: Any = transformers
         library.utils.logging.disable_progress_bar()
 

@@ -111,3 +111,20 @@ def test_imports__capture_names_the_missing_extra() -> None:
     assert done.returncode == 2, done.stderr
     assert 'pip install "mechanistic[capture]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "integrated_gradients('spatial-tiny', [])",
+        "gradcam('spatial-tiny', [])",
+        "attention_relevancy('spatial-tiny', [])",
+        "causal_tracing([], 'spatial-tiny')",
+        "patch_activations('spatial-tiny', {}, {}, ['layer.0'])",
+    ],
+)
+def test_imports__model_analyses_name_the_missing_extra(call: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; from mechanistic.analysis import *; {call}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UsageError" in done.stderr, done.stderr
+    assert 'pip install "mechanistic[capture]"' in done.stderr
