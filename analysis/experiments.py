@@ -12,7 +12,7 @@ _CAPTURE = ("data_root", "num_samples", "seed", "dtype", "device", "batch_size")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Mount `attention_maps`, `cross_attn_attribution` and `activation_patching`."""
+    """Mount `attention_maps`, `cross_attn_attribution` and `activation_patching` beside `capture`."""
     _add(
         commands,
         "attention_maps",
@@ -75,10 +75,14 @@ def _add(
         "--num-shown", type=int, default=4, metavar="N", help="samples to draw one by one (default: 4)"
     )
     command.add_argument("--quiet", action="store_true", help="show no progress")
-    command.set_defaults(run_command=lambda args: _experiment(args, draw))
+    command.set_defaults(run_command=lambda args: _experiment(args, commands.choices["capture"], draw))
 
 
-def _experiment(args: argparse.Namespace, draw: Callable[[Path, Path, int], list[Path]]) -> int:
+def _experiment(
+    args: argparse.Namespace,
+    capture: argparse.ArgumentParser,
+    draw: Callable[[Path, Path, int], list[Path]],
+) -> int:
     from mechanistic.store.errors import UsageError
 
     if bool(args.run) == bool(args.model_name and args.dataset):
@@ -89,7 +93,7 @@ def _experiment(args: argparse.Namespace, draw: Callable[[Path, Path, int], list
     folder = Path(args.output_dir)
     run, code = Path(args.run) if args.run else folder / "run", 0
     if not args.run:
-        code = _capture(args, run)
+        code = _capture(args, capture, run)
         # 3: some samples could not be captured; what was is drawn.
         if code not in (0, 3):
             return code
@@ -97,16 +101,14 @@ def _experiment(args: argparse.Namespace, draw: Callable[[Path, Path, int], list
     return code
 
 
-def _capture(args: argparse.Namespace, run: Path) -> int:
+def _capture(args: argparse.Namespace, capture: argparse.ArgumentParser, run: Path) -> int:
     """What `mechanistic capture` does, which leaves a finished run of the same job as it is."""
-    from .cli import build_parser
-
     given = [(name, getattr(args, name)) for name in _CAPTURE]
     options = [text for name, value in given if value for text in (f"--{name.replace('_', '-')}", value)]
-    command: list[Any] = ["capture", "--model-name", args.model_name, "--dataset", args.dataset, *options]
+    command: list[Any] = ["--model-name", args.model_name, "--dataset", args.dataset, *options]
     command += ["--output-dir", str(run), "--sites", *args.sites]
-    capture = build_parser().parse_args([*command, *(["--quiet"] if args.quiet else [])])
-    return int(capture.run_command(capture))
+    job = capture.parse_args([*command, *(["--quiet"] if args.quiet else [])])
+    return int(job.run_command(job))
 
 
 def _attention_maps(run: Path, folder: Path, shown: int) -> list[Path]:
