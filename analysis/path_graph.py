@@ -81,7 +81,7 @@ def _target(result: xr.Dataset, place: int, heads: int) -> str:
 def plot_path_graph(
     graph: xr.Dataset, *, title: str = "", ax: Axes | None = None, save_path: str | Path | None = None
 ) -> tuple[Figure, Axes]:
-    """Draw a graph of `path_graph`, layers from below; wide lines carry more, red ones work against it.
+    """Draw a graph of `path_graph`, its layers from below; wide lines carry more, red ones work against it.
 
     Raises
     ------
@@ -94,18 +94,21 @@ def plot_path_graph(
             "there is no path to draw.", "Lower the threshold: path_graph(result, threshold=0.01)."
         )
     names = [str(name) for name in graph["node"].values]
-    layers = graph["node_layer"].values
+    # One above the other, however many layers without a node lie between.
+    layers, heights = np.unique(graph["node_layer"].values, return_inverse=True)
     places: dict[str, tuple[float, float]] = {}
-    for layer in np.unique(layers):
-        here = [name for name, own in zip(names, layers, strict=True) if own == layer]
-        places |= {name: (place - (len(here) - 1) / 2, float(layer)) for place, name in enumerate(here)}
-    figure, ax = new_axes(ax, (5.4, 1.2 + 0.8 * len(np.unique(layers))))
+    for height in range(len(layers)):
+        here = [name for name, own in zip(names, heights, strict=True) if own == height]
+        places |= {name: (place - (len(here) - 1) / 2, float(height)) for place, name in enumerate(here)}
+    figure, ax = new_axes(ax, (5.4, 1.2 + 0.8 * len(layers)))
     widest = float(np.abs(graph["share"].values).max())
+    reach = max(abs(x) for x, _ in places.values())
     columns = (graph[key].values for key in ("source", "target", "input", "share"))
     for source, target, name, share in zip(*columns, strict=True):
         label = f"{share:.2f}" if name == LOGITS else f"{name} {share:.2f}"
         colour, width = (BLUE if share > 0 else VERMILLION), 0.5 + 3.5 * abs(float(share)) / widest
-        _draw_edge(ax, places[str(source)], places[str(target)], label, colour, width)
+        farthest = _draw_edge(ax, places[str(source)], places[str(target)], label, colour, width)
+        reach = max(reach, farthest)
     for name, (x, y) in places.items():
         ax.text(
             x,
@@ -117,11 +120,12 @@ def plot_path_graph(
             zorder=4,
             bbox={"boxstyle": "round", "fc": "white"},
         )
-    reach = max(abs(x) for x, _ in places.values()) + 0.8
-    ax.set_xlim(-reach, reach)
-    ax.set_ylim(float(layers.min()) - 0.5, float(layers.max()) + 0.5)
+    ax.set_xlim(-reach - 0.5, reach + 0.5)
+    ax.set_ylim(-0.5, len(layers) - 0.5)
     ax.set_xticks([])
-    ax.set_yticks(np.unique(layers[np.array(names) != LOGITS]))
+    # The logits, above all layers, are none.
+    ticks = np.unique(heights[np.array(names) != LOGITS])
+    ax.set_yticks(ticks, [str(number) for number in layers[ticks]])
     ax.set_ylabel("layer")
     quiet(ax)
     ax.set_title(title, fontsize=10)
@@ -131,12 +135,12 @@ def plot_path_graph(
 
 def _draw_edge(
     ax: Axes, start: tuple[float, float], stop: tuple[float, float], label: str, colour: str, width: float
-) -> None:
-    """A curve upwards; one that passes a layer swings to the right of it."""
+) -> float:
+    """A curve upwards; one that passes a layer swings to the right of it. How far from 0 it comes."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Curve
 
-    swing = 0.9 * (stop[1] - start[1] - 1)
+    swing = 0.6 * (stop[1] - start[1] - 1)
     middle = ((start[0] + stop[0]) / 2 + swing, (start[1] + stop[1]) / 2)
     curve = Curve([start, middle, stop], [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3])
     ax.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linewidth=width, zorder=1))
@@ -149,3 +153,4 @@ def _draw_edge(
     )
     box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
     ax.text(x, y, label, fontsize=8, color=GREY, ha="center", va="center", zorder=3, bbox=box)
+    return abs((start[0] + 2 * middle[0] + stop[0]) / 4)

@@ -132,6 +132,52 @@ def causal_tracing() -> Any:
     return analysis.plot_causal_tracing(result)
 
 
+def path_graph() -> Any:
+    inputs = ["q", "v", "logits"]
+    share = np.array([[0.02, 0.45, 0.1], [0.0, 0.0, 0.75], [np.nan, np.nan, -0.2]])
+    names = ("sender", "receiver")
+    result = xr.Dataset(
+        {
+            "share": (names, share),
+            "mean_effect": (names, 4 * share),
+            "total_share": ("sender", [0.6, 0.8, -0.2]),
+            "receiver_input": ("receiver", inputs),
+            "receiver_layer": ("receiver", [2, 2, 4]),
+            "receiver_head": ("receiver", [3, 3, -1]),
+            "sender_layer": ("sender", [0, 2, 3]),
+        },
+        {"sender": ["0.1", "2.3", "3.mlp"]},
+    )
+    return analysis.plot_path_graph(analysis.path_graph(result), title="from the colour to the answer")
+
+
+def pixel_attribution() -> Any:
+    # The middle square of the scene was read: 4 x 4 patches of 8 pixels, each 12 pixels of the original wide.
+    values = np.zeros((1, 32, 32))
+    values[0, 12:20, :12] = np.linspace(0.2, 1, 12)
+    values[0, 12:20, 24:32] = -0.5
+    row, column = (place.ravel() for place in np.indices((4, 4)))
+    corner = np.stack([8 + 12 * column, 12 * row])
+    boxes = {
+        f"box_{axis}{end}": corner[number] + 12 * end for number, axis in enumerate("xy") for end in (0, 1)
+    }
+    labels = {"patch_row": row, "patch_col": column, **boxes}
+    labels |= dict.fromkeys(("sample_index", "image_index", "tile"), np.zeros(16, int))
+    canvases = {f"canvas_{name}": ("canvas", [0]) for name in ("sample_index", "image_index", "tile")}
+    found = xr.Dataset(
+        {
+            "pixel_attribution": (
+                ("canvas", "y", "x"),
+                values,
+                {"long_name": "gradients of the pixel", "units": "logit"},
+            )
+        },
+        {**canvases, **{name: ("patch", column) for name, column in labels.items()}},
+        {"patch_size": 8},
+    )
+    return analysis.plot_pixel_attribution(scene(), found, title="what speaks for left")
+
+
 PICTURES: Mapping[str, Callable[[], Any]] = {
     "attention_heatmap": lambda: analysis.plot_attention_heatmap(
         causal(2), tokens=WORDS, layer_name="layer 3"
@@ -154,6 +200,8 @@ PICTURES: Mapping[str, Callable[[], Any]] = {
     "mds": lambda: analysis.plot_mds(rdm_data(), by="relation"),
     "logit_lens": logit_lens,
     "causal_tracing": causal_tracing,
+    "path_graph": path_graph,
+    "pixel_attribution": pixel_attribution,
 }
 
 
