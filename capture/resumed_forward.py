@@ -82,7 +82,7 @@ class ResumedForward:
     def _started(self, layers: Sequence[nn.Module], layer: int, hidden: Tensor) -> Iterator[None]:
         with ExitStack() as active:
             for below in layers[:layer]:
-                active.enter_context(_replaced(below, self._pass))
+                active.enter_context(replaced_forward(below, self._pass))
             # Behind the last layer, the last one passes on what it is given.
             first = layers[min(layer, len(layers) - 1)]
 
@@ -207,7 +207,7 @@ def _padded(part: Tensor, width: int, fill: int) -> Tensor:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Another forward of one module, for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward
