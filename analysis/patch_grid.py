@@ -1,9 +1,11 @@
-"""The patched forwards of a sweep: what has no number yet gets one."""
+"""The patched forwards of a sweep, measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from .patch_ends import PairEnds
 from .patch_pairs import SamplePairs
 from .patch_places import Tokens
 from .patch_plan import PatchPlan
+from .sweep import Steps, Sweep
 
 if TYPE_CHECKING:
     from mechanistic.capture.patch_sweep import Patch, PatchSweep
@@ -22,72 +25,82 @@ Floats = NDArray[np.float64]
 MAX_BYTES = 256 << 20
 
 
-def fill_grid(
-    values: Floats,
-    sweep: PatchSweep,
-    plan: PatchPlan,
-    pairs: SamplePairs,
-    matched: Sequence[tuple[Tokens, Tokens]],
-    ends: PairEnds,
-    metric: str,
-    quiet: bool,
-) -> None:
-    """Measure every patch that has no number yet: values (pair, layer, site, cell)."""
-    from mechanistic.capture.forward_progress import forward_progress
+@dataclass(frozen=True)
+class PatchGrid:
+    """The patches of a plan on pairs of samples, and how their forwards are measured."""
 
-    patches = [_patches(plan, pairs, matched, number) for number in range(len(pairs))]
-    there = np.array([[each is not None for each in row] for row in patches])
-    todo = np.isnan(values) & there[:, None, None, :]
-    with forward_progress(int(there.sum() * values.shape[1] * values.shape[2]), quiet=quiet) as progress:
-        progress.done = progress.first = progress.total - int(todo.sum())
-        for chunk in _chunks(sweep, pairs):
-            if not todo[chunk].any():
-                continue
-            chosen = {int(number) for numbers in (pairs.base, pairs.source) for number in numbers[chunk]}
-            sweep.prepare(chosen, [(plan.stack, site, layer) for site in plan.sites for layer in plan.layers])
-            for layer, site in np.ndindex(values.shape[1], values.shape[2]):
-                where = [
-                    (pair, int(cell)) for pair in chunk for cell in np.flatnonzero(todo[pair, layer, site])
-                ]
-                if where:
-                    _measure(values[:, layer, site], where, sweep, plan, layer, site, patches, ends, metric)
-                    progress.advance(len(where), 0, lambda: 0)
+    sweep: PatchSweep
+    plan: PatchPlan
+    pairs: SamplePairs
+    matched: Sequence[tuple[Tokens, Tokens]]
+    ends: PairEnds
+    metric: str
 
+    def measured(self, kept: Sweep, quiet: bool) -> Floats:
+        """The metric of every patched forward (pair, layer, site, cell), NaN where nothing is patched."""
+        shape = (len(self.plan.layers), len(self.plan.sites))
+        patches = [self._patches(number) for number in range(len(self.pairs))]
+        there = np.array([[each is not None for each in row] for row in patches])
+        values = np.full((len(self.pairs), *shape, len(self.plan.cells)), np.nan)
+        with kept.steps(int(there.sum() * np.prod(shape)), quiet=quiet) as step:
+            for chunk in _chunks(self.sweep, self.pairs):
+                ready = cache(partial(self._prepare, chunk))
+                owner, cell = np.nonzero(there[chunk])
+                owner += chunk.start
+                chosen = [each for pair in chunk for each in patches[pair] if each is not None]
+                for layer, site in np.ndindex(*shape):
+                    for at, patched in self._batches((layer, site), chosen, owner, ready, step):
+                        values[owner[at], layer, site, cell[at]] = patched
+        return values
 
-def _measure(
-    values: Floats,
-    where: list[tuple[int, int]],
-    sweep: PatchSweep,
-    plan: PatchPlan,
-    layer: int,
-    site: int,
-    patches: list[list[Patch | None]],
-    ends: PairEnds,
-    metric: str,
-) -> None:
-    from mechanistic.capture.pair_metrics import measure
+    def _batches(
+        self,
+        at: tuple[int, int],
+        patches: Sequence[Patch],
+        owner: NDArray[np.int64],
+        ready: Callable[[], None],
+        step: Steps,
+    ) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+        """Numbers of patches at one layer and site, and their metric, batch by batch."""
+        from mechanistic.capture.pair_metrics import measure
 
-    chosen = [found for pair, cell in where if (found := patches[pair][cell]) is not None]
-    for batch, logits in sweep.logits(plan.stack, plan.sites[site], plan.layers[layer], chosen):
-        owner, cells = np.array(where[batch]).T
-        clean, corrupt = (each[owner] for each in ends.tokens)
-        measured = measure(metric, logits, clean, corrupt, ends.reference[owner])
-        values[owner, cells] = measured.cpu().numpy()
+        seen = done = 0
+        forwards: Iterator[tuple[Any, Any]] | None = None
 
+        def compute() -> Mapping[str, Any]:
+            nonlocal forwards
+            if forwards is None:
+                ready()
+                layer, site = self.plan.layers[at[0]], self.plan.sites[at[1]]
+                forwards = self.sweep.logits(self.plan.stack, site, layer, patches, seen)
+            where, logits = next(forwards)
+            pairs = owner[where]
+            clean, corrupt = (each[pairs] for each in self.ends.tokens)
+            measured = measure(self.metric, logits, clean, corrupt, self.ends.reference[pairs])
+            return {"patch": np.arange(len(patches))[where], "patched": measured.cpu().numpy()}
 
-def _patches(
-    plan: PatchPlan, pairs: SamplePairs, matched: Sequence[tuple[Tokens, Tokens]], number: int
-) -> list[Patch | None]:
-    from mechanistic.capture.patch_sweep import Patch
+        while done < len(patches):
+            found = step(compute, of="patch")
+            yield found["patch"], found["patched"]
+            done, seen = done + len(found["patch"]), seen + 1
 
-    base, source = int(pairs.base[number]), int(pairs.source[number])
-    found: list[Patch | None] = []
-    for place in plan.places:
-        rows = plan.rows(place, *matched[number])
-        found += [
-            None if rows is None else Patch(base, source, rows[0], rows[1], head) for head in plan.heads
-        ]
-    return found
+    def _prepare(self, chunk: range) -> None:
+        chosen = {int(number) for each in (self.pairs.base, self.pairs.source) for number in each[chunk]}
+        sites = [(self.plan.stack, site, layer) for site in self.plan.sites for layer in self.plan.layers]
+        self.sweep.prepare(chosen, sites)
+
+    def _patches(self, number: int) -> list[Patch | None]:
+        from mechanistic.capture.patch_sweep import Patch
+
+        base, source = int(self.pairs.base[number]), int(self.pairs.source[number])
+        found: list[Patch | None] = []
+        for place in self.plan.places:
+            rows = self.plan.rows(place, *self.matched[number])
+            found += [
+                None if rows is None else Patch(base, source, rows[0], rows[1], head)
+                for head in self.plan.heads
+            ]
+        return found
 
 
 def _chunks(sweep: PatchSweep, pairs: SamplePairs) -> Iterator[range]:

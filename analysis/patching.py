@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,16 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store import group, open_run, write_derived
-from mechanistic.store.errors import OutputExistsError, SpecificationError, UsageError
-from mechanistic.store.sweep_file import close_sweep, open_sweep
+from mechanistic.store import group, open_run
+from mechanistic.store.errors import SpecificationError
 
 from .experiment import with_mean
 from .patch_ends import PairEnds
-from .patch_grid import fill_grid
+from .patch_grid import PatchGrid
 from .patch_pairs import SamplePairs, Samples, sample_pairs
 from .patch_places import Place, Tokens
 from .patch_plan import Heads, PatchPlan, patch_plan
+from .sweep import Sweep, run_folder
 
 if TYPE_CHECKING:
     from mechanistic.capture.pair_metrics import PairAnswers
@@ -114,9 +113,8 @@ def patch(
     Heimersheim and Nanda (2024), How to use and interpret activation patching, arXiv 2404.15255; Zhang and
     Nanda (2024), Towards best practices of activation patching, ICLR.
     """
-    where, tree = _opened(run)
-    if name is not None and not where:
-        raise UsageError("This run has no folder to store a result in.", "Open it with open_run(PATH).")
+    tree = run if isinstance(run, xr.DataTree) else open_run(run)
+    kept = Sweep({}, name, run_folder(tree))
     pairs = sample_pairs(tree, base, source, direction, max_pairs)
     sweep, answers = _prepare(tree, model, pairs, metric, recompute, batch_size)
     tokens = {number: _tokens(batch, sites) for number, batch in sweep.questions.items()}
@@ -125,9 +123,11 @@ def patch(
     ends = PairEnds.of(sweep, pairs, answers, metric, min_difference)
     pairs, matched = pairs.kept(ends.keep), [matched[place] for place in np.flatnonzero(ends.keep)]
     proof = _prove(sweep, plan, pairs, recompute)
-    parameters = json.dumps(_parameters(tree, sweep, plan, pairs, metric, recompute))
+    decisive = _parameters(tree, sweep, plan, pairs, metric, recompute)
+    kept = replace(kept, parameters={**decisive, "batch_size": batch_size, "level": level, "seed": seed})
+    if kept.held is not None:
+        return kept.held
     attrs: dict[str, Any] = {
-        "parameters": parameters,
         "model": sweep.loaded.name,
         "weights_sha256": sweep.loaded.weights_sha256,
         "stack": plan.stack,
@@ -140,23 +140,8 @@ def patch(
         "min_difference": ends.least,
         "proof": proof,
     }
-    held = _held(tree, name, parameters)
-    if held is not None:
-        return held
-    shape = (len(pairs), len(plan.layers), len(plan.sites), len(plan.cells))
-    with _kept(where, name, parameters, shape) as values:
-        fill_grid(values, sweep, plan, pairs, matched, ends, metric, quiet)
-        patched = np.array(values)
-    result = _result(patched, plan, pairs, ends, group(tree, "samples"), metric, attrs, level, seed)
-    if name is not None:
-        write_derived(where, name, result)
-        close_sweep(where, name)
-    return result
-
-
-def _opened(run: xr.DataTree | str | Path) -> tuple[str, xr.DataTree]:
-    tree = run if isinstance(run, xr.DataTree) else open_run(run)
-    return str(tree.encoding.get("source", "")), tree
+    patched = PatchGrid(sweep, plan, pairs, matched, ends, metric).measured(kept, quiet)
+    return kept.keep(_result(patched, plan, pairs, ends, group(tree, "samples"), metric, attrs, level, seed))
 
 
 def _prepare(
@@ -224,31 +209,9 @@ def _parameters(
         "metric": metric,
         "recompute": recompute,
         "weights_sha256": sweep.loaded.weights_sha256,
-        "content_sha256": run.attrs.get("completeness", {}).get("content_sha256"),
+        # Not the content's hash, which merging changes.
+        "run": run.attrs.get("run_id"),
     }
-
-
-def _held(run: xr.DataTree, name: str | None, parameters: str) -> xr.Dataset | None:
-    """The finished result of this very sweep, if the run has it."""
-    if name is None or f"/derived/{name}" not in run.groups:
-        return None
-    held = group(run, f"derived/{name}")
-    if held.attrs.get("parameters") != parameters:
-        raise OutputExistsError(
-            f"This run has a result derived/{name} of another sweep.", "Give this one another name."
-        )
-    return held
-
-
-@contextmanager
-def _kept(
-    where: str, name: str | None, parameters: str, shape: tuple[int, ...]
-) -> Iterator[NDArray[np.float64]]:
-    if name is None:
-        yield np.full(shape, np.nan)
-        return
-    with open_sweep(where, name, json.loads(parameters), shape) as values:
-        yield values
 
 
 def _result(

@@ -89,9 +89,11 @@ class PatchSweep:
         return found
 
     def logits(
-        self, stack: str, site: str, layer: int, patches: Sequence[Patch]
+        self, stack: str, site: str, layer: int, patches: Sequence[Patch], skip: int = 0
     ) -> Iterator[tuple[slice, Tensor]]:
         """Logits (patch, word), float32, batch by batch, each with its place among the patches.
+
+        The first `skip` batches are left out.
 
         Raises
         ------
@@ -103,7 +105,7 @@ class PatchSweep:
             self._require(sources[patch.source], patch.source_rows, stack, site, patch.source)
         start = self.start(stack, site, layer)
         streams = {} if start is None else self._streams(start, bases)
-        for first in range(0, len(patches), self.batch_size):
+        for first in range(skip * self.batch_size, len(patches), self.batch_size):
             where = slice(first, first + self.batch_size)
             chosen = patches[where]
             values = torch.cat([sources[each.source].at(each.source_rows, each.head) for each in chosen])

@@ -18,7 +18,7 @@ from .errors import IncompleteRunError, OutputExistsError, SpecificationError, S
 from .location import is_url
 from .lock import release_lock, take_lock
 from .manifest import consolidate
-from .parts import DERIVED, part_count
+from .parts import DERIVED, SWEEPS, part_count
 from .reader import read_manifest
 
 _NAME = re.compile(r"\w[\w.-]*")
@@ -57,12 +57,7 @@ def write_derived(run: str | Path, name: str, result: xr.Dataset, *, replace: bo
     try:
         with full_disk(Path(run)):
             folder.mkdir(exist_ok=True)
-            shutil.rmtree(draft, ignore_errors=True)
-            stamped = storable(result.assign_attrs(created=datetime.now(UTC).isoformat(timespec="seconds")))
-            with warnings.catch_warnings():
-                # Zarr v3 has no final specification of strings; what is written is what every reader writes.
-                warnings.filterwarnings("ignore", "The data type .* does not have a Zarr V3 specification")
-                stamped.to_zarr(draft, mode="w-", zarr_format=3, consolidated=False)
+            write_result(draft, result)
             _put_in_place(Path(run), draft, target)
     except PermissionError as cause:
         raise StoreError(
@@ -70,6 +65,16 @@ def write_derived(run: str | Path, name: str, result: xr.Dataset, *, replace: bo
             "Copy the run to where you may write, or keep the result elsewhere: result.to_zarr(PATH).",
         ) from cause
     return target
+
+
+def write_result(path: Path, result: xr.Dataset) -> None:
+    """Store a result in a folder of its own, in place of what is there."""
+    shutil.rmtree(path, ignore_errors=True)
+    stamped = storable(result.assign_attrs(created=datetime.now(UTC).isoformat(timespec="seconds")))
+    with warnings.catch_warnings():
+        # Zarr v3 has no final specification of strings; what is written is what every reader writes.
+        warnings.filterwarnings("ignore", "The data type .* does not have a Zarr V3 specification")
+        stamped.to_zarr(path, mode="w-", zarr_format=3, consolidated=False)
 
 
 def check_writable(run: str | Path, name: str) -> None:
@@ -87,14 +92,17 @@ def check_writable(run: str | Path, name: str) -> None:
         )
 
 
-def keep_derived(run: Path, target: Path) -> None:
-    """Take the results of a run in parts along into the plain store that is made of it."""
+def copy_derived(run: Path, target: Path) -> None:
+    """Take the results of a run in parts along into the plain store that is made of it elsewhere.
+
+    Sweeps under way stay with the parts, where they go on.
+    """
     if not (run / DERIVED).is_dir():
         return
     if not (target / DERIVED).exists():
         draft = target / f"{DERIVED}.partial"
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(run / DERIVED, draft)
+        shutil.copytree(run / DERIVED, draft, ignore=shutil.ignore_patterns(SWEEPS, "*.partial"))
         draft.rename(target / DERIVED)
     consolidate(target)
 

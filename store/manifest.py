@@ -87,13 +87,15 @@ class Manifest:
         replace_file(run / MANIFEST, json.dumps(self.to_dict(), indent=1).encode())
 
 
-def consolidate(run: Path) -> None:
+def consolidate(run: Path, without: str | None = None) -> None:
     """Gather every node's metadata into the root's, so that one read opens the run, over HTTP too.
+
+    Nodes below `without` are about to be removed.
 
     zarr-python's own consolidation lists the root folder and warns about every file in it that is no node.
     """
     found = sorted(p.parent.relative_to(run).as_posix() for p in run.rglob("zarr.json") if p.parent != run)
-    nodes = [node for node in found if ".partial/" not in f"{node}/"]
+    nodes = [node for node in found if ".partial/" not in f"{node}/" and node.split("/")[0] != without]
     metadata = {node: json.loads((run / node / "zarr.json").read_bytes()) for node in nodes}
     for node in nodes:
         metadata[node].pop("consolidated_metadata", None)

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .derived import keep_derived
+from .derived import copy_derived
 from .errors import DiskFullError, IncompleteRunError, OutputExistsError
 from .growing import dimensions
 from .info import human_bytes
-from .manifest import MANIFEST, Manifest, replace_file, sync
+from .manifest import MANIFEST, Manifest, consolidate, replace_file, sync
 from .part_reader import PartReader, Rows
-from .parts import PARTS, Part, part_count, read_parts, root_attributes, unfinished
+from .parts import DERIVED, PARTS, Part, part_count, read_parts, root_attributes, unfinished
 from .reader import group as open_group
 from .reader import open_run, read_manifest
 from .schema import ArraySchema, GroupSchema
+from .sweep_file import require_no_sweep
 from .writer import RunWriter
 
 DRAFT = "merged.partial"
@@ -33,6 +34,7 @@ def merge_run(path: str | Path, output: str | Path | None = None) -> Path:
 
     Streams some 64 MB at a time. Needs the size of the run once more on disk, and gives it back at the end
     where there is no `output`. Killed at any moment, the same call continues; a merged run is left as it is.
+    Results and sweeps under way stay with the run; of those, `output` gets the results.
 
     Returns
     -------
@@ -41,7 +43,7 @@ def merge_run(path: str | Path, output: str | Path | None = None) -> Path:
     Raises
     ------
     IncompleteRunError    a part is missing or unfinished; its number is named.
-    OutputExistsError     `output` holds something else.
+    OutputExistsError     `output` holds something else; a sweep is at work on the parts.
     DiskFullError         the disk has no room for the result.
     """
     run = Path(path)
@@ -57,12 +59,13 @@ def merge_run(path: str | Path, output: str | Path | None = None) -> Path:
             f"{run} cannot be merged: of its {count} parts, {lacking}.",
             f"Run the same capture command with --parts {count} --part N for each of them first.",
         )
-    target = Path(output) if output is not None else run / DRAFT
-    if not (output is None and (run / MANIFEST).exists()):
-        _write(run, parts, target)
-        keep_derived(run, target)
     if output is not None:
-        return target
+        _write(run, parts, Path(output))
+        copy_derived(run, Path(output))
+        return Path(output)
+    require_no_sweep(run)
+    if not (run / MANIFEST).exists():
+        _write(run, parts, run / DRAFT)
     _put_in_place(run)
     _clear(run)
     return run
@@ -178,7 +181,9 @@ def _put_in_place(run: Path) -> None:
 
 
 def _clear(run: Path) -> None:
-    """Remove what a merge leaves behind."""
+    """Name the results that stayed where they were, and remove what a merge leaves behind."""
+    if (run / PARTS).exists() and (run / DERIVED).is_dir():
+        consolidate(run, without=PARTS)
     shutil.rmtree(run / PARTS, ignore_errors=True)
     for draft in run.glob("merged.*partial"):
         shutil.rmtree(draft, ignore_errors=True)

@@ -16,6 +16,8 @@ from .manifest import MANIFEST, Manifest
 
 PARTS = "parts"
 DERIVED = "derived"
+# Within it: sweeps whose results are not finished.
+SWEEPS = ".sweeps"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ MAY_CALL_CAPTURE = {
     "analysis/path_patching.py",
     "analysis/steering.py",
     "analysis/swapped_pairs.py",
+    "analysis/sweep.py",
 }
 
 

@@ -27,7 +27,7 @@ from mechanistic.store.errors import (
     OutputExistsError,
     SpecificationError,
 )
-from mechanistic.store.sweep_file import open_sweep, sweep_folder
+from mechanistic.store.sweep_file import sweep_folder
 from mechanistic.store.verify import verify_run
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z")
@@ -263,16 +263,23 @@ def test_patch__goes_on_after_a_kill_and_is_kept_with_the_run(
 ) -> None:
     from mechanistic.capture.patch_sweep import PatchSweep
 
-    asked: dict[str, Any] = {"sites": "z", "positions": "last", "max_pairs": 4, "quiet": True}
+    asked: dict[str, Any] = {
+        "sites": "z",
+        "positions": "last",
+        "max_pairs": 4,
+        "batch_size": 5,
+        "quiet": True,
+    }
     whole = patch(open_run(stored), tiny, **asked)
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []
     original = PatchSweep.logits
 
-    def dying(self: Any, stack: str, site: str, layer: int, patches: Any) -> Any:
-        calls.append(layer)
-        if layer == 2 and len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, stack, site, layer, patches)
+    def dying(self: Any, stack: str, site: str, layer: int, patches: Any, skip: int) -> Any:
+        calls.append((layer, skip))
+        for number, found in enumerate(original(self, stack, site, layer, patches, skip)):
+            if calls == [(0, 0), (1, 0), (2, 0)] and number == 1:
+                raise KeyboardInterrupt
+            yield found
 
     monkeypatch.setattr(PatchSweep, "logits", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -282,13 +289,16 @@ def test_patch__goes_on_after_a_kill_and_is_kept_with_the_run(
     with pytest.raises(OutputExistsError, match="other parameters is under way"):
         patch(open_run(stored), tiny, name="heads", **{**asked, "metric": "prob", "min_difference": 0})
     result = patch(open_run(stored), tiny, name="heads", **asked)
-    assert calls == [0, 1, 2, 2, 3]
+    assert calls == [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0)]
     np.testing.assert_array_equal(result["patched"], whole["patched"])
     assert not sweep_folder(stored, "heads").exists()
     again = patch(open_run(stored), tiny, name="heads", **asked)
-    assert calls == [0, 1, 2, 2, 3]
+    assert calls == [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0)]
     xr.testing.assert_allclose(again["recovered"].compute(), result["recovered"])
-    with pytest.raises(OutputExistsError, match="derived/heads of another sweep"):
+    with pytest.raises(
+        OutputExistsError,
+        match=r"derived/heads is the result of another sweep: .*direction is",
+    ):
         patch(open_run(stored), tiny, name="heads", **{**asked, "direction": "noise"})
     from mechanistic.analysis.head_criteria import head_criteria
 
@@ -451,8 +461,3 @@ def test_patch__says_what_does_not_exist(tiny: LoadedModel, run: xr.DataTree) ->
     ):
         with pytest.raises(SpecificationError, match=says):
             patch(run, tiny, quiet=True, **options)  # type: ignore[arg-type]
-
-
-def test_open_sweep__of_a_patch_has_a_place_of_its_own(stored: Path) -> None:
-    with open_sweep(stored, "x", {}, (1,)):
-        assert sweep_folder(stored, "x").parent.name == ".sweeps"
