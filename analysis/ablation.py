@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from mechanistic.store.errors import DataError, SpecificationError
 
 from .experiment import Experiment, begin, chosen_heads, chosen_layers, trial_masks
 from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
+from .sweep import named_sweep
 from .token_places import place_name
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def ablate(
     place: str | int = "all",
     metric: Metric = "logit_diff",
     batch_size: int = 8,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -78,6 +81,8 @@ def ablate(
     metric
         ``"logit_diff"``: the right answer's logit less the mean of the other options';
         ``"log_prob"`` or ``"prob"`` of its first token.
+    name
+        Where to keep the result, see `causal_tracing`.
 
     Returns
     -------
@@ -97,7 +102,11 @@ def ablate(
     ----------
     Chan et al. (2022), Causal scrubbing (resampling). Wang et al. (2022), arXiv:2211.00593 (mean ablation).
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    sweep = named_sweep("ablate", asked, experiment.loaded, experiment.samples)
+    if sweep.held is not None:
+        return sweep.held
     if site not in SITES or method not in get_args(Method):
         raise SpecificationError(
             f"There is no ablation of '{site}' by '{method}'.",
@@ -115,7 +124,7 @@ def ablate(
             f"The image encoder cannot be ablated by '{method}' at '{place_name(place)}'.",
             "Silence it for all patches: stack='vision', method='zero', place='all'.",
         )
-    how = Measuring(metric, batch_size, level, seed, quiet)
+    how = Measuring(metric, batch_size, level, seed, quiet, sweep)
     plan = _Plan(site, method, tuple(chosen_layers(experiment, layers, stack)), place, metric, seed)
     coords: dict[str, Any] = {"layer": np.array(plan.layers, np.int32)}
     chosen = chosen_heads(experiment, heads, stack)
@@ -143,9 +152,10 @@ def ablate(
         return of
 
     result = intervention_sweep(experiment, InterventionGrid("ablated", coords, edits), how)
-    return result.assign_attrs(
+    result = result.assign_attrs(
         analysis="ablate", stack=stack, site=site, method=method, place=place_name(place)
     )
+    return sweep.keep(result)
 
 
 def _states(experiment: Experiment, plan: _Plan, batch_size: int) -> Callable[[slice, Trial], States]:

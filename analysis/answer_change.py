@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AnswerChange:
-    """The chosen option of every sample, as it was and under each of a grid of interventions.
+    """The chosen option of every sample, `first` as it was, `chosen` under each of a grid of interventions.
 
     The chosen option is the one with the highest logit; -1 where a sample has fewer than two options.
     """
@@ -24,16 +24,8 @@ class AnswerChange:
         self.first: NDArray[np.int64] = np.full(len(samples), -1)
         self.chosen: NDArray[np.int64] = np.full((len(samples), *shape), -1)
 
-    def before(self, where: slice, trial: Trial, logits: Any) -> None:
-        """Keep what is chosen without an intervention."""
-        self.first[where] = self._choice(where, trial, logits)
-
-    def after(self, where: slice, index: tuple[int, ...], trial: Trial, logits: Any) -> None:
-        """Keep what is chosen under one of the grid."""
-        place: tuple[Any, ...] = (where, *index)
-        self.chosen[place] = self._choice(where, trial, logits)
-
-    def _choice(self, where: slice, trial: Trial, logits: Any) -> NDArray[np.int64]:
+    def choice(self, where: slice, trial: Trial, logits: Any) -> NDArray[np.int64]:
+        """What is chosen by these logits of a batch."""
         options = trial.option_logits(logits)[0].cpu().numpy()
         return np.where(self.answer[where] >= 0, np.nan_to_num(options, nan=-np.inf).argmax(1), -1)
 

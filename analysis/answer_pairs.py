@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from mechanistic.capture.trial import Trial
 
 MIN_DIFFERENCE = 0.5
+
+# Makes the clean and the corrupt trial of a batch of pairs.
+PairTrials = Callable[[], tuple["Trial", "Trial"]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class AnswerPairs:
         """Which pairs belong together: those of one group."""
         return self.experiment.clusters[[first for first, _ in self.numbers]]
 
-    def trials(self, batch_size: int) -> Iterator[tuple[slice, Trial, Trial]]:
-        """The pairs in batches, clean and corrupt, each with its place among all."""
-        yield from pair_trials(self.experiment, self.numbers, batch_size)
+    def batches(self, batch_size: int) -> list[tuple[slice, PairTrials]]:
+        """The pairs in batches, each with its place among all."""
+        return list(pair_batches(self.experiment, self.numbers, batch_size))
 
     def dataset(self) -> xr.Dataset:
         """clean, corrupt (pair), with the samples' numbers and names as coordinates."""
@@ -87,7 +91,8 @@ def answer_pairs(
         raise DimensionError(f"There is no sample {outside[0]}; there are {size}.", "Number them from 0.")
     clean, corrupt = np.empty(len(chosen)), np.empty(len(chosen))
     with torch.no_grad():
-        for where, base, source in pair_trials(experiment, chosen, batch_size):
+        for where, prepared in pair_batches(experiment, chosen, batch_size):
+            base, source = prepared()
             clean[where] = base.measure("logit_diff")[0].cpu().numpy()
             corrupt[where] = source.measure("logit_diff")[0].cpu().numpy()
     kept = np.abs(clean - corrupt) >= min_difference
@@ -101,14 +106,12 @@ def answer_pairs(
     return AnswerPairs(experiment, numbers, clean[kept], corrupt[kept], int((~kept).sum()))
 
 
-def pair_trials(
+def pair_batches(
     experiment: Experiment, pairs: Sequence[tuple[int, int]], batch_size: int
-) -> Iterator[tuple[slice, Trial, Trial]]:
+) -> Iterator[tuple[slice, PairTrials]]:
     """Clean and corrupt samples of the pairs, in batches; both are asked for the clean one's answer.
 
-    Raises
-    ------
-    DataError    the prompts of a pair have different lengths.
+    They are prepared when they are asked for; DataError where the prompts of a pair have different lengths.
     """
     samples = experiment.samples
     firsts = [samples[first] for first, _ in pairs]
@@ -121,18 +124,23 @@ def pair_trials(
         replace(other, options=first.options, answer=first.answer)
         for first, other in zip(firsts, others, strict=True)
     ]
-    base_trials = replace(experiment, samples=tuple(firsts)).trials(batch_size, "logit_diff", foils)
-    source_trials = replace(experiment, samples=tuple(asked)).trials(batch_size, "log_prob")
-    for (where, base), (_, source) in zip(base_trials, source_trials, strict=True):
-        for row, tables in enumerate(zip(base.batch.decoder, source.batch.decoder, strict=True)):
-            lengths = [len(table["position"]) for table in tables]
-            if lengths[0] != lengths[1]:
-                names = [repr(trial.batch.samples[row].sample_id) for trial in (base, source)]
-                raise DataError(
-                    f"Samples {' and '.join(names)} have {lengths[0]} and {lengths[1]} tokens.",
-                    "Positions must correspond: use pairs of one length, or `patch` with roles.",
-                )
-        yield where, base, replace(source, answers=base.answers)
+    bases = replace(experiment, samples=tuple(firsts)).batches(batch_size, "logit_diff", foils)
+    sources = replace(experiment, samples=tuple(asked)).batches(batch_size, "log_prob")
+    for (where, base), (_, source) in zip(bases, sources, strict=True):
+        yield where, partial(_pair_trials, base, source)
+
+
+def _pair_trials(clean: Callable[[], Trial], corrupt: Callable[[], Trial]) -> tuple[Trial, Trial]:
+    base, source = clean(), corrupt()
+    for row, tables in enumerate(zip(base.batch.decoder, source.batch.decoder, strict=True)):
+        lengths = [len(table["position"]) for table in tables]
+        if lengths[0] != lengths[1]:
+            names = [repr(trial.batch.samples[row].sample_id) for trial in (base, source)]
+            raise DataError(
+                f"Samples {' and '.join(names)} have {lengths[0]} and {lengths[1]} tokens.",
+                "Positions must correspond: use pairs of one length, or `patch` with roles.",
+            )
+    return base, replace(source, answers=base.answers)
 
 
 def pair_masks(base: Trial, source: Trial, places: Sequence[str | int]) -> NDArray[np.bool_]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -12,8 +14,12 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import ModelError, SpecificationError
 
-from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs, pair_masks
+from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, PairTrials, answer_pairs, pair_masks
 from .experiment import begin, chosen_layers, place_names, places_of, with_mean
+from .sweep import Steps, named_sweep
+
+if TYPE_CHECKING:
+    from mechanistic.capture.trial import Trial
 
 Method = Literal["gradient", "integrated"]
 Direction = Literal["denoise", "noise"]
@@ -39,6 +45,15 @@ class _Screen:
     def shape(self) -> tuple[int, ...]:
         return (len(self.layers), len(self.places), *([self.heads] if self.heads else []))
 
+    @property
+    def sites(self) -> list[tuple[int, str]]:
+        return [(layer, self.site) for layer in self.layers]
+
+    def directed(self, prepared: PairTrials) -> tuple[Trial, Trial]:
+        """A batch of pairs, the run that is patched first."""
+        clean, corrupt = prepared()
+        return (corrupt, clean) if self.direction == "denoise" else (clean, corrupt)
+
 
 def attribution_patching(
     samples: Any,
@@ -54,6 +69,7 @@ def attribution_patching(
     top: int = 10,
     min_difference: float = MIN_DIFFERENCE,
     batch_size: int = 8,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -83,6 +99,8 @@ def attribution_patching(
         ``"denoise"`` patches clean values into the corrupt run, ``"noise"`` corrupt ones into the clean run.
     top
         How many components get their exact effect, those of the largest |mean attribution|.
+    name
+        Where to keep the result, see `causal_tracing`.
 
     Returns
     -------
@@ -107,7 +125,11 @@ def attribution_patching(
     Nanda (2023), Attribution patching. Syed, Rager and Conmy (2023), arXiv:2310.10348. Hanna, Pezzelle and
     Belinkov (2024), arXiv:2403.17806 (integrated: EAP-IG).
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    sweep = named_sweep("attribution_patching", asked, experiment.loaded, experiment.samples)
+    if sweep.held is not None:
+        return sweep.held
     _check(site, method, direction, steps, top)
     stack = experiment.loaded.anatomy.stack("text")
     heads = {"head": stack.heads, "kv_head": stack.kv_heads}[HEADED[site]] if site in HEADED else 0
@@ -117,26 +139,29 @@ def attribution_patching(
     if method == "integrated":
         _require_reachable(experiment.loaded)
     chosen = answer_pairs(experiment, pairs, min_difference=min_difference, batch_size=batch_size)
-    estimate = _estimates(chosen, screen, batch_size, quiet)
-    candidates = np.argsort(-np.abs(estimate.mean(0)).ravel(), kind="stable")[:top]
-    exact = _exact(chosen, screen, np.sort(candidates), batch_size, quiet)
+    batches = chosen.batches(batch_size)
+    exactly = min(top, int(np.prod(screen.shape)))
+    with sweep.steps(len(batches) * (2 + exactly), quiet=quiet) as step:
+        estimate = _estimates(chosen, screen, batches, step)
+        candidates = np.argsort(-np.abs(estimate.mean(0)).ravel(), kind="stable")[:top]
+        exact = _exact(chosen, screen, batches, np.sort(candidates), step)
     result = _labelled(chosen, screen, estimate, exact)
-    for name in ("attribution", "exact"):
+    for effect in ("attribution", "exact"):
         options: dict[str, Any] = {"level": level, "seed": seed, "dim": "pair"}
-        result = with_mean(result, name, f"mean_{name}", chosen.clusters, **options)
+        result = with_mean(result, effect, f"mean_{effect}", chosen.clusters, **options)
     result.attrs |= {
         "analysis": "attribution_patching",
         "site": site,
         "method": method,
         "steps": steps if method == "integrated" else 0,
         "direction": direction,
-        "top": len(candidates),
+        "top": exactly,
         "min_difference": min_difference,
         "metric": "logit_diff",
         "level": level,
         "seed": seed,
     }
-    return result
+    return sweep.keep(result)
 
 
 def _check(site: str, method: str, direction: str, steps: int, top: int) -> None:
@@ -163,68 +188,93 @@ def _require_reachable(loaded: Any) -> None:
         )
 
 
-def _estimates(pairs: AnswerPairs, screen: _Screen, batch_size: int, quiet: bool) -> NDArray[np.float64]:
+def _estimates(
+    pairs: AnswerPairs, screen: _Screen, batches: Sequence[tuple[slice, PairTrials]], step: Steps
+) -> NDArray[np.float64]:
     """Attribution (pair, layer, place[, head])."""
-    import torch
-
-    from mechanistic.capture.effect_gradients import Steps, effect_gradients
-    from mechanistic.capture.forward_progress import forward_progress
-
-    size = len(pairs.numbers)
-    found = np.empty((size, *screen.shape))
-    sites = [(layer, screen.site) for layer in screen.layers]
-    with forward_progress(-(-size // batch_size), quiet=quiet) as progress:
-        for where, base, source in _directed(pairs, screen, batch_size):
-            with torch.no_grad():
-                own, _ = base.read(sites)
-                other, _ = source.read([*sites, (0, "resid_pre")] if (0, "resid_pre") not in sites else sites)
-            ends = Steps(screen.steps, other[0, "resid_pre"]) if screen.method == "integrated" else Steps()
-            slopes = effect_gradients(base, sites, "logit_diff", ends)
-            masks = torch.from_numpy(pair_masks(base, source, screen.places)).double()
-            for place, name in enumerate(sites):
-                change = (other[name].double() - own[name].double()) * slopes[name].double()
-                # Sum over features, then over the tokens of each place.
-                each = torch.einsum("pst,st...->sp...", masks.to(change.device), change.sum(-1))
-                found[where, place] = each.cpu().numpy()
-            progress.step()
+    found = np.empty((len(pairs.numbers), *screen.shape))
+    for where, prepared in batches:
+        found[where] = step(partial(_estimate, screen, prepared))["attribution"]
     return found
 
 
+def _estimate(screen: _Screen, prepared: PairTrials) -> Mapping[str, Any]:
+    """That of one batch."""
+    import torch
+
+    from mechanistic.capture.effect_gradients import Steps as PathSteps
+    from mechanistic.capture.effect_gradients import effect_gradients
+
+    base, source = screen.directed(prepared)
+    sites = screen.sites
+    with torch.no_grad():
+        own, _ = base.read(sites)
+        other, _ = source.read([*sites, (0, "resid_pre")] if (0, "resid_pre") not in sites else sites)
+    ends = PathSteps(screen.steps, other[0, "resid_pre"]) if screen.method == "integrated" else PathSteps()
+    slopes = effect_gradients(base, sites, "logit_diff", ends)
+    masks = torch.from_numpy(pair_masks(base, source, screen.places)).double()
+    found = []
+    for name in sites:
+        change = (other[name].double() - own[name].double()) * slopes[name].double()
+        # Sum over features, then over the tokens of each place.
+        found.append(torch.einsum("pst,st...->sp...", masks.to(change.device), change.sum(-1)))
+    return {"attribution": torch.stack(found, dim=1).cpu().numpy()}
+
+
 def _exact(
-    pairs: AnswerPairs, screen: _Screen, candidates: NDArray[np.int64], batch_size: int, quiet: bool
+    pairs: AnswerPairs,
+    screen: _Screen,
+    batches: Sequence[tuple[slice, PairTrials]],
+    candidates: NDArray[np.int64],
+    step: Steps,
 ) -> NDArray[np.float64]:
     """Measured effects of the candidates (numbers in the flattened grid), NaN elsewhere."""
     import torch
 
-    from mechanistic.capture.forward_progress import forward_progress
-    from mechanistic.capture.interventions import Edit
-    from mechanistic.capture.trial import put_back
-
     size = len(pairs.numbers)
     found = np.full((size, int(np.prod(screen.shape))), np.nan)
-    sites = [(layer, screen.site) for layer in screen.layers]
-    total = -(-size // batch_size) * (1 + len(candidates))
-    with torch.no_grad(), forward_progress(total, quiet=quiet) as progress:
-        for where, base, source in _directed(pairs, screen, batch_size):
-            base, logits = base.known()
-            before = base.metric_of(logits, "logit_diff")[0].double()
-            states, _ = source.read(sites)
-            progress.step()
-            masks = torch.from_numpy(pair_masks(base, source, screen.places))
+    with torch.no_grad():
+        for where, prepared in batches:
+            patched = _Patched(screen, prepared)
+            before = step(patched.before)["value"]
             for number in candidates:
-                layer, place, *head = np.unravel_index(int(number), screen.shape)
-                name = sites[int(layer)]
-                change = put_back(states[name], masks[int(place)], head=int(head[0]) if head else None)
-                after = base.measure("logit_diff", [Edit("text", *name, change)])[0].double()
-                found[where, number] = (after - before).cpu().numpy()
-                progress.step()
+                found[where, number] = step(partial(patched.after, int(number)))["value"] - before
     return found.reshape(size, *screen.shape)
 
 
-def _directed(pairs: AnswerPairs, screen: _Screen, batch_size: int) -> Any:
-    """The batches, each with the run that is patched first."""
-    for where, clean, corrupt in pairs.trials(batch_size):
-        yield (where, corrupt, clean) if screen.direction == "denoise" else (where, clean, corrupt)
+@dataclass(frozen=True)
+class _Patched:
+    """A batch of pairs, whose first runs are patched from the others."""
+
+    screen: _Screen
+    prepared: PairTrials
+
+    @cached_property
+    def known(self) -> tuple[Trial, Any, dict[tuple[int, str], Any], Any]:
+        """The runs that are patched, their logits, what is put there, and the tokens of each place."""
+        import torch
+
+        base, source = self.screen.directed(self.prepared)
+        base, logits = base.known()
+        states, _ = source.read(self.screen.sites)
+        return base, logits, states, torch.from_numpy(pair_masks(base, source, self.screen.places))
+
+    def before(self) -> Mapping[str, Any]:
+        """The metric of the runs as they are."""
+        base, logits, _, _ = self.known
+        return {"value": base.metric_of(logits, "logit_diff")[0].double().cpu().numpy()}
+
+    def after(self, number: int) -> Mapping[str, Any]:
+        """The metric with one component patched, by its number in the flattened grid."""
+        from mechanistic.capture.interventions import Edit
+        from mechanistic.capture.trial import put_back
+
+        base, _, states, masks = self.known
+        layer, place, *head = (int(each) for each in np.unravel_index(number, self.screen.shape))
+        name = self.screen.sites[layer]
+        change = put_back(states[name], masks[place], head=head[0] if head else None)
+        value = base.measure("logit_diff", [Edit("text", *name, change)])[0]
+        return {"value": value.double().cpu().numpy()}
 
 
 def _labelled(

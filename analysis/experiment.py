@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,20 +50,33 @@ class Experiment:
         self, batch_size: int, metric: Metric, foils: Sequence[str | None] | None = None
     ) -> Iterator[tuple[slice, Trial]]:
         """The samples in batches, each with its place among all. Raises like `prepare_trial`."""
-        from mechanistic.capture.trial import prepare_trial
+        for where, prepared in self.batches(batch_size, metric, foils):
+            yield where, prepared()
 
+    def batches(
+        self, batch_size: int, metric: Metric, foils: Sequence[str | None] | None = None
+    ) -> Iterator[tuple[slice, Callable[[], Trial]]]:
+        """The same, each prepared when it is first asked for."""
         if batch_size < 1:
             raise SpecificationError(f"batch_size is {batch_size}.", "Give 1 or more.")
         for start in range(0, len(self.samples), batch_size):
             where = slice(start, min(start + batch_size, len(self.samples)))
-            own = None if foils is None else foils[where]
-            like = self.first[0] if self.first else None
-            trial = prepare_trial(
-                self.loaded, self.samples[where], start=start, foils=own, metric=metric, like=like
-            )
-            if like is None or trial.resumed is not like.resumed:
-                self.first[:] = [trial]
-            yield where, trial
+            yield where, partial(self._trial, where, metric, foils)
+
+    def _trial(self, where: slice, metric: Metric, foils: Sequence[str | None] | None) -> Trial:
+        from mechanistic.capture.trial import prepare_trial
+
+        if where.start and not self.first:
+            # A sweep that goes on in its middle starts from what the first batch shows, as it did before.
+            self._trial(slice(where.stop - where.start), metric, foils)
+        own = None if foils is None else foils[where]
+        like = self.first[0] if self.first else None
+        trial = prepare_trial(
+            self.loaded, self.samples[where], start=where.start or 0, foils=own, metric=metric, like=like
+        )
+        if like is None or trial.resumed is not like.resumed:
+            self.first[:] = [trial]
+        return trial
 
     def coordinates(self, dim: str = "sample") -> dict[str, Any]:
         """The labels of the samples along `dim`."""

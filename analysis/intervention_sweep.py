@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store.errors import DataError, SpecificationError
+from mechanistic.store.errors import DataError
 
 from .answer_change import AnswerChange
 from .experiment import UNITS, Experiment, with_mean
+from .sweep import Sweep
 
 if TYPE_CHECKING:
     from mechanistic.capture.trial import Metric, Trial
@@ -46,13 +48,14 @@ class InterventionGrid:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How every intervention is measured and summarised."""
+    """How every intervention is measured and summarised; the sweep keeps what was measured."""
 
     metric: Metric
     batch_size: int
     level: float
     seed: int
     quiet: bool
+    sweep: Sweep = field(default_factory=lambda: Sweep({}))
 
     def attrs(self) -> dict[str, Any]:
         """What a result says of it."""
@@ -77,18 +80,18 @@ def intervention_sweep(experiment: Experiment, grid: InterventionGrid, how: Meas
     size = len(experiment.samples)
     clean, changed, confidence = np.empty(size), np.empty((size, *grid.shape)), np.empty(size)
     change = AnswerChange(experiment.samples, grid.shape)
-    with torch.no_grad():
-        for where, index, trial, logits in _forwards(experiment, grid, how):
-            value = trial.metric_of(logits, how.metric)[0].double().cpu().numpy()
-            if index is None:
-                clean[where] = value
-                confidence[where] = logits.softmax(-1).max(-1).values.double().cpu().numpy()
-                change.before(where, trial, logits)
-                continue
-            _require_numbers(value, trial)
-            place: tuple[Any, ...] = (where, *index)
-            changed[place] = value
-            change.after(where, index, trial, logits)
+    batches = list(experiment.batches(how.batch_size, how.metric))
+    forwards = len(batches) * (1 + int(np.prod(grid.shape)))
+    with torch.no_grad(), how.sweep.steps(forwards, quiet=how.quiet) as step:
+        for where, prepared in batches:
+            batch = _Batch(where, prepared, grid, how.metric, change)
+            found = step(batch.clean)
+            clean[where], confidence[where] = found["value"], found["confidence"]
+            change.first[where] = found["choice"]
+            for index in np.ndindex(*grid.shape):
+                found = step(partial(batch.changed, index))
+                place: tuple[Any, ...] = (where, *index)
+                changed[place], change.chosen[place] = found["value"], found["choice"]
     units, what = {"units": UNITS[how.metric]}, how.metric.replace("_", " ")
     dims = ("sample", *grid.dims)
     effect = changed - clean.reshape(-1, *[1] * len(grid.shape))
@@ -106,24 +109,38 @@ def intervention_sweep(experiment: Experiment, grid: InterventionGrid, how: Meas
     return result.assign_attrs(experiment.attrs | how.attrs())
 
 
-def _forwards(
-    experiment: Experiment, grid: InterventionGrid, how: Measuring
-) -> Iterator[tuple[slice, tuple[int, ...] | None, Trial, Any]]:
-    """Logits of every batch: as it is (no index), and at every point of the grid."""
-    from mechanistic.capture.forward_progress import forward_progress
+@dataclass(frozen=True)
+class _Batch:
+    """Some samples, prepared when something is measured that no killed sweep has left."""
 
-    if how.batch_size < 1:
-        raise SpecificationError(f"batch_size is {how.batch_size}.", "Give 1 or more.")
-    total = -(-len(experiment.samples) // how.batch_size) * (1 + int(np.prod(grid.shape)))
-    with forward_progress(total, quiet=how.quiet) as progress:
-        for where, trial in experiment.trials(how.batch_size, how.metric):
-            trial, logits = trial.known()
-            edits = grid.edits(where, trial)
-            yield where, None, trial, logits
-            progress.step()
-            for index in np.ndindex(*grid.shape):
-                yield where, index, trial, trial.logits(edits(index))
-                progress.step()
+    where: slice
+    prepared: Callable[[], Trial]
+    grid: InterventionGrid
+    metric: Metric
+    change: AnswerChange
+
+    @cached_property
+    def known(self) -> tuple[Trial, Any, Edits]:
+        """The trial, its logits as it is, and what changes it."""
+        trial, logits = self.prepared().known()
+        return trial, logits, self.grid.edits(self.where, trial)
+
+    def clean(self) -> Mapping[str, Any]:
+        """What is measured without an intervention."""
+        trial, logits, _ = self.known
+        confidence = logits.softmax(-1).max(-1).values.double().cpu().numpy()
+        return {**self._measured(trial, logits), "confidence": confidence}
+
+    def changed(self, index: tuple[int, ...]) -> Mapping[str, Any]:
+        """What is measured at one point of the grid."""
+        trial, _, edits = self.known
+        found = self._measured(trial, trial.logits(edits(index)))
+        _require_numbers(found["value"], trial)
+        return found
+
+    def _measured(self, trial: Trial, logits: Any) -> dict[str, Any]:
+        value = trial.metric_of(logits, self.metric)[0].double().cpu().numpy()
+        return {"value": value, "choice": self.change.choice(self.where, trial, logits)}
 
 
 def _require_numbers(values: NDArray[np.float64], trial: Trial) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, answer_pairs, pair_masks
+from .answer_pairs import MIN_DIFFERENCE, AnswerPairs, PairTrials, answer_pairs, pair_masks
 from .experiment import begin, with_mean
 from .path_ends import INPUTS, LOGITS, MLP, Receiver, Sender, chosen_receivers, chosen_senders
+from .sweep import Sweep, named_sweep
 from .token_places import place_name
 
 if TYPE_CHECKING:
@@ -28,6 +31,12 @@ class _Paths:
     layers: int
     rows: int
 
+    def reached(self, senders: Sequence[Sender]) -> dict[int, NDArray[np.int64]]:
+        """By number of a receiver, the places of the senders that come before it; without those of none."""
+        below = np.array([layer for layer, _ in senders])
+        rows = [np.flatnonzero(below < layer) for layer, _, _ in self.receivers]
+        return {number: each for number, each in enumerate(rows) if each.size}
+
 
 def path_patching(
     samples: Any,
@@ -41,6 +50,7 @@ def path_patching(
     freeze_mlps: bool = True,
     min_difference: float = MIN_DIFFERENCE,
     batch_size: int = 32,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -70,6 +80,8 @@ def path_patching(
         paths through them count as direct.
     min_difference
         Pairs whose clean and corrupt logit differences are nearer than this many logits are dropped.
+    name
+        Where to keep the result, see `causal_tracing`.
 
     Returns
     -------
@@ -91,7 +103,11 @@ def path_patching(
     ----------
     Wang et al. (2022), arXiv:2211.00593, section 3.1. Goldowsky-Dill et al. (2023), arXiv:2304.05969.
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    sweep = named_sweep("path_patching", asked, experiment.loaded, experiment.samples)
+    if sweep.held is not None:
+        return sweep.held
     stack = experiment.loaded.anatomy.stack("text")
     shape = (experiment.layers, stack.heads, stack.kv_heads)
     paths = _Paths(
@@ -103,7 +119,7 @@ def path_patching(
         batch_size,
     )
     chosen = answer_pairs(experiment, pairs, min_difference=min_difference, batch_size=batch_size)
-    effect, total = _effects(chosen, paths, quiet)
+    effect, total = _effects(chosen, paths, sweep, quiet)
     result = _labelled(chosen, paths, effect, total)
     result = with_mean(result, "effect", "mean_effect", chosen.clusters, level=level, seed=seed, dim="pair")
     result.attrs |= {
@@ -116,40 +132,37 @@ def path_patching(
         "level": level,
         "seed": seed,
     }
-    return result
+    return sweep.keep(result)
 
 
 def _effects(
-    pairs: AnswerPairs, paths: _Paths, quiet: bool
+    pairs: AnswerPairs, paths: _Paths, sweep: Sweep, quiet: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Effects (pair, sender, receiver) and total effects (pair, sender)."""
     import torch
-
-    from mechanistic.capture.forward_progress import forward_progress
 
     size = len(pairs.numbers)
     # Pairs and senders share a forward; some of each keeps both the padding and the copies small.
     per_batch = min(size, max(1, round(paths.rows**0.5)))
     copies = max(1, paths.rows // per_batch)
     chunks = [
-        range(start, min(start + copies, len(paths.senders)))
+        slice(start, min(start + copies, len(paths.senders)))
         for start in range(0, len(paths.senders), copies)
     ]
+    reached = [paths.reached(paths.senders[chunk]) for chunk in chunks]
     effect = np.full((size, len(paths.senders), len(paths.receivers)), np.nan)
     total = np.empty(effect.shape[:2])
-    forwards = -(-size // per_batch) * sum(2 + len(paths.receivers) for _ in chunks)
-    with torch.no_grad(), forward_progress(forwards, quiet=quiet) as progress:
-        for where, base, source in pairs.trials(per_batch):
-            sending = _Sending.of(base, source, paths)
-            for chunk in chunks:
-                senders = [paths.senders[number] for number in chunk]
-                value = sending.measured(sending.free(senders), len(chunk))
-                total[where, chunk.start : chunk.stop] = value.T - sending.clean[:, None]
-                progress.step()
-                for receiver, rows, value in sending.received(senders, progress.step):
-                    found = np.full((len(chunk), base.size), np.nan)
-                    found[rows] = value - sending.clean
-                    effect[where, chunk.start : chunk.stop, receiver] = found.T
+    batches = pairs.batches(per_batch)
+    forwards = len(batches) * sum(1 + len(receivers) for receivers in reached)
+    with torch.no_grad(), sweep.steps(forwards, quiet=quiet) as step:
+        for where, prepared in batches:
+            sending = cache(partial(_Sending.of, prepared, paths))
+            for chunk, receivers in zip(chunks, reached, strict=True):
+                sent = _Senders(sending, paths.senders[chunk])
+                total[where, chunk] = step(sent.unfrozen)["change"].T
+                for number, rows in receivers.items():
+                    found = step(partial(sent.to, paths.receivers[number], rows))
+                    effect[where, chunk.start + rows, number] = found["change"].T
     return effect, total
 
 
@@ -165,9 +178,10 @@ class _Sending:
     clean: NDArray[np.float64]
 
     @classmethod
-    def of(cls, base: Trial, source: Trial, paths: _Paths) -> _Sending:
+    def of(cls, prepared: PairTrials, paths: _Paths) -> _Sending:
         import torch
 
+        base, source = prepared()
         sites = [(layer, site) for layer in range(paths.layers) for site in ("z", "mlp_out")]
         base, _ = base.known()
         clean, logits = base.read(sites)
@@ -180,11 +194,8 @@ class _Sending:
         """The metric (copy, sample)."""
         return np.asarray(self.trial.measure("logit_diff", edits, copies).double().cpu().numpy())
 
-    def free(self, senders: Sequence[Sender]) -> list[Any]:
-        """The senders corrupt, each in its copy, and everything else free."""
-        return self._sent(senders, frozen_heads=False, frozen_mlps=False)
-
-    def _sent(self, senders: Sequence[Sender], *, frozen_heads: bool, frozen_mlps: bool) -> list[Any]:
+    def sent(self, senders: Sequence[Sender], *, frozen_heads: bool, frozen_mlps: bool) -> list[Any]:
+        """The edits that make the senders corrupt, each in its copy, and freeze what is to be frozen."""
         from mechanistic.capture.interventions import Edit
         from mechanistic.capture.path_edits import Sent
 
@@ -203,29 +214,45 @@ class _Sending:
                     edits.append(Edit("text", layer, site, change))
         return edits
 
-    def received(
-        self, senders: Sequence[Sender], step: Any
-    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
-        """(place of a receiver, copies whose sender is below it, the metric of these copies)."""
+
+@dataclass(frozen=True)
+class _Senders:
+    """Some senders, each corrupt in its copy of a batch of pairs."""
+
+    sending: Callable[[], _Sending]
+    senders: Sequence[Sender]
+
+    def unfrozen(self) -> Mapping[str, Any]:
+        """What the senders change (copy, pair) with everything else free."""
+        sending = self.sending()
+        edits = sending.sent(self.senders, frozen_heads=False, frozen_mlps=False)
+        return {"change": sending.measured(edits, len(self.senders)) - sending.clean}
+
+    @cached_property
+    def frozen(self) -> tuple[dict[tuple[int, str], Any], NDArray[np.float64]]:
+        """What receivers get, and the metric (copy, pair), with everything else frozen."""
+        sending = self.sending()
+        paths = sending.paths
+        lowest = min(layer for layer, _ in self.senders)
+        heads = [receiver for receiver in paths.receivers if receiver[2] != LOGITS]
+        sites = list(dict.fromkeys((layer, name) for layer, _, name in heads if layer > lowest))
+        edits = sending.sent(self.senders, frozen_heads=True, frozen_mlps=paths.freeze_mlps)
+        inputs, logits = sending.trial.read(sites, edits, len(self.senders))
+        return inputs, sending.trial.metric_of(logits, "logit_diff").double().cpu().numpy()
+
+    def to(self, receiver: Receiver, copies: NDArray[np.int64]) -> Mapping[str, Any]:
+        """What these copies change (copy, pair) through one receiver."""
         from mechanistic.capture.interventions import Edit
         from mechanistic.capture.path_edits import Received
 
-        below = np.array([layer for layer, _ in senders])
-        heads = [receiver for receiver in self.paths.receivers if receiver[2] != LOGITS]
-        sites = list(dict.fromkeys((layer, name) for layer, _, name in heads if layer > below.min()))
-        frozen = self._sent(senders, frozen_heads=True, frozen_mlps=self.paths.freeze_mlps)
-        inputs, logits = self.trial.read(sites, frozen, len(senders))
-        direct = self.trial.metric_of(logits, "logit_diff").double().cpu().numpy()
-        step()
-        for place, (layer, head, name) in enumerate(self.paths.receivers):
-            rows = np.flatnonzero(below < layer)
-            if name == LOGITS:
-                yield place, rows, direct
-            elif rows.size:
-                got = inputs[layer, name].unflatten(0, (len(senders), -1))[rows].flatten(0, 1)
-                edit = Edit("text", layer, name, Received(got, head))
-                yield place, rows, self.measured([edit], len(rows))
-            step()
+        sending = self.sending()
+        inputs, direct = self.frozen
+        layer, head, name = receiver
+        if name == LOGITS:
+            return {"change": direct[copies] - sending.clean}
+        got = inputs[layer, name].unflatten(0, (len(self.senders), -1))[copies].flatten(0, 1)
+        edit = Edit("text", layer, name, Received(got, head))
+        return {"change": sending.measured([edit], len(copies)) - sending.clean}
 
 
 def _labelled(
