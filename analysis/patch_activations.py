@@ -85,7 +85,8 @@ def patch_activations(
 
 
 def _run(network: Any, inputs: Mapping[str, Any], hooks: Mapping[Any, Any]) -> Any:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    # Before the library's own hooks, which keep what leaves an encoder's layer for those who read it there.
+    handles = [module.register_forward_hook(hook, prepend=True) for module, hook in hooks.items()]
     try:
         return network(**inputs)
     finally:

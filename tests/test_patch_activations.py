@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import llava, picture, samples
 
 from mechanistic.analysis import causal_effect_strength, patch_activations
 from mechanistic.capture.dataset import open_image
@@ -64,6 +65,15 @@ def test_patch_activations__as_users_call_it(tiny: LoadedModel) -> None:
     with torch.no_grad():
         again = tiny.model(**processed(tiny, 1))
     torch.testing.assert_close(again.logits, corrupt.logits, rtol=0, atol=0)
+
+
+def test_patch_activations__reaches_what_is_read_from_the_encoders_last_layer() -> None:
+    model, (sample, *_) = llava(), samples(1)
+    given = [(picture(seed), sample.question) for seed in (1, 2)]
+    layer = "model.vision_tower.encoder.layers.1"
+    patched = patch_activations(model, *given, [layer])
+    clean = patch_activations(model, given[0], given[0], [layer])
+    torch.testing.assert_close(patched.logits, clean.logits, rtol=0, atol=1e-6)
 
 
 def test_patch_activations__says_what_is_wrong(tiny: LoadedModel) -> None:
