@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,7 @@ from .dataset import Sample
 from .forward import capture_forward
 from .proof import Proof, prove
 from .readout import build_readout
-from .sites import ResolvedSite
+from .sites import ResolvedSite, attended
 from .token_table import TokenTexts
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Backend(Protocol):
     def check(self, sites: Sequence[ResolvedSite]) -> None:
         """SpecificationError for a site that this backend cannot give, with the reason."""
 
-    def prove(self, batch: Batch, attention: Collection[str]) -> Proof:
+    def prove(self, batch: Batch, sites: Sequence[ResolvedSite]) -> Proof:
         """Check on one sample that what will be kept is what the model does. Raises like `prove`."""
 
     def capture(
@@ -99,9 +99,9 @@ class Transformers:
     def check(self, sites: Sequence[ResolvedSite]) -> None:
         """Every site of the grammar can be had."""
 
-    def prove(self, batch: Batch, attention: Collection[str]) -> Proof:
+    def prove(self, batch: Batch, sites: Sequence[ResolvedSite]) -> Proof:
         """See `Backend`."""
-        return prove(self.loaded, batch, attention)
+        return prove(self.loaded, batch, attended(sites))
 
     def capture(
         self,

@@ -37,7 +37,7 @@ from .proof import Proof
 from .read_ahead import ReadAhead
 from .readout import head_readout
 from .run_description import CaptureSettings, run_attributes, run_groups
-from .sites import attended, resolve_sites
+from .sites import resolve_sites
 from .survey import answer_words, survey
 from .tables import Rows, image_rows, sample_rows
 from .token_table import TokenTexts, joined
@@ -108,7 +108,7 @@ class Job:
     @cached_property
     def proof(self) -> Proof:
         """What is proven on that sample before anything is kept."""
-        return self.backend.prove(self.shown, attended(self.sites))
+        return self.backend.prove(self.shown, self.sites)
 
     @cached_property
     def groups(self) -> list[Any]:

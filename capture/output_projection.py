@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class ProjectionProbe:
         self.found: OutputProjection | None = None
         self.reason = "no module reads the outputs of its heads as they are"
         self._heads: Tensor | None = None
-        self._matrix: tuple[nn.Module, bool] | None = None
+        self._matrix: OutputProjection | None = None
         self._projected: Tensor | None = None
 
     def attended(self, heads: Tensor) -> None:
@@ -59,15 +59,24 @@ class ProjectionProbe:
         """Look for it during the forward inside the block."""
         with ExitStack() as hooks:
             for module in self.layer.modules():
-                if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
+                if self.may_project(module):
                     hooks.callback(module.register_forward_hook(self._linear).remove)
             for name, child in self.layer.named_children():
                 hooks.callback(child.register_forward_hook(self._child(name)).remove)
             yield
         self._heads = self._projected = None
 
+    def may_project(self, module: nn.Module) -> bool:
+        """Whether a module is worth looking at."""
+        return getattr(getattr(module, "weight", None), "ndim", 0) == 2
+
+    def matrices(self, module: nn.Module, given: Tensor) -> list[OutputProjection]:
+        """What a module that was given this may multiply it with."""
+        return [OutputProjection(module, transposed, "") for transposed in (False, True)]
+
     def _linear(self, module: nn.Module, args: Any, output: Any) -> None:
         given = args[0] if args and isinstance(args[0], Tensor) else None
+        output = first_tensor(output)
         if self._matrix or self._heads is None or given is None or given.numel() != self._heads.numel():
             return
         if given.shape[-1] != self._heads.shape[-1] or not torch.equal(
@@ -75,13 +84,12 @@ class ProjectionProbe:
         ):
             return
         self.reason = "its output projection is not one matrix"
-        for transposed in (False, True):
-            matrix = OutputProjection(module, transposed, "")
+        for matrix in self.matrices(module, given):
             if matrix.weight.shape != (output.shape[-1], given.shape[-1]) or matrix.weight.is_meta:
                 continue
             expected = given @ matrix.weight.T + (0 if matrix.bias is None else matrix.bias)
             if relative_error(expected, output) <= self.tolerance:
-                self._matrix, self._projected = (module, transposed), output.detach()
+                self._matrix, self._projected = matrix, output.detach()
                 self.reason = "what its output projection gives is changed before it is added"
                 return
 
@@ -93,7 +101,7 @@ class ProjectionProbe:
             if isinstance(given, Tensor) and given.numel() == self._projected.numel():
                 same = given.detach().reshape(self._projected.shape)
                 if relative_error(same, self._projected) <= self.tolerance:
-                    self.found = OutputProjection(*self._matrix, name)
+                    self.found = replace(self._matrix, child=name)
 
         return compare
 

@@ -48,7 +48,7 @@ class StackProof:
     edit_change: float = 0.0
     halves_error: float | None = None
     stream_is_unbroken: bool = True
-    projections: dict[int, OutputProjection] = field(default_factory=dict)
+    projections: Mapping[int, OutputProjection] = field(default_factory=dict)
     projection_problem: str | None = None
 
 

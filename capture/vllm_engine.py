@@ -25,6 +25,8 @@ FIXED: Mapping[str, tuple[Any, str]] = {
     "pipeline_parallel_size": (1, "each process would have other layers"),
     "data_parallel_size": (1, "use --parts for independent slices of a dataset"),
     "speculative_config": (None, "drafted tokens are rows of no request"),
+    "mm_processor_cache_gb": (0, "an image that was seen is not encoded again"),
+    "mm_encoder_tp_mode": ("weights", "each process would encode other images"),
     "enable_lora": (False, "load the merged weights instead"),
     "worker_extension_cls": (EXTENSION, "it is how tensors are reached"),
 }
@@ -60,7 +62,7 @@ class Engine:
         self.folder = tempfile.TemporaryDirectory(prefix="mechanistic-vllm-")
         self._batches = 0
         fixed = {name: value for name, (value, _) in FIXED.items()}
-        quiet = {"disable_log_stats": True, "generation_config": "vllm", "mm_processor_cache_gb": 0}
+        quiet = {"disable_log_stats": True, "generation_config": "vllm"}
         with _settings(in_process=in_process):
             self.llm = _start(source, {**quiet, **options, **fixed})
         self.workers: list[dict[str, Any]] = self.call("mechanistic_describe")

@@ -95,11 +95,9 @@ def find_engine_layers(model: nn.Module) -> list[EngineLayer]:
                 f"{name} of the engine attends by {type(module).__name__}, which shows no queries and keys.",
                 "Capture this model with transformers.",
             )
-        parts = name.split(".")
-        place = max((at for at, part in enumerate(parts) if part.isdigit()), default=None)
-        if place is not None:
-            path = ".".join(parts[: place + 1])
-            found.append(EngineLayer(int(parts[place]), path, modules[path], module))
+        inside = layer_of(name)
+        if inside is not None:
+            found.append(EngineLayer(*inside, modules[inside[1]], module))
     found.sort(key=lambda each: each.number)
     stacks = {each.path.rpartition(".")[0] for each in found}
     if len(stacks) != 1 or [each.number for each in found] != list(range(len(found))):
@@ -109,6 +107,13 @@ def find_engine_layers(model: nn.Module) -> list[EngineLayer]:
             "Try --engine-option model_impl=transformers, or capture it with transformers.",
         )
     return found
+
+
+def layer_of(name: str) -> tuple[int, str] | None:
+    """Number and path of the layer that a module is inside, by its own path."""
+    parts = name.split(".")
+    place = max((at for at, part in enumerate(parts) if part.isdigit()), default=None)
+    return None if place is None else (int(parts[place]), ".".join(parts[: place + 1]))
 
 
 def find_readout(model: nn.Module, tokens: list[int]) -> dict[str, Tensor] | None:

@@ -21,7 +21,7 @@ _WITH_ANSWER = {"all", "text", "answer"}
 
 @dataclass(frozen=True)
 class Plan:
-    """By tensor, its layers and the tokens to keep of it: the union of what the sites ask for."""
+    """By tensor (``text/q``), its layers and the tokens to keep: the union of what the sites ask for."""
 
     layers: Mapping[str, tuple[int, ...]]
     tokens: Mapping[str, tuple[str, ...]]
@@ -34,21 +34,23 @@ class Plan:
         for site in sites:
             rows = site.spec.site in ROW_SITES
             for name in ("q", "k") if rows else (site.spec.site,):
-                layers.setdefault(name, set()).update(site.layers)
-                tokens.setdefault(name, set()).update(("all",) if rows else site.spec.tokens)
+                tensor = f"{site.stack.name}/{name}"
+                layers.setdefault(tensor, set()).update(site.layers)
+                tokens.setdefault(tensor, set()).update(("all",) if rows else site.spec.tokens)
         return cls(
             {name: tuple(sorted(each)) for name, each in layers.items()},
             {name: tuple(sorted(each)) for name, each in tokens.items()},
         )
 
     @classmethod
-    def everything(cls, names: Sequence[str], layers: int) -> Plan:
-        """Every token of these tensors, of all layers."""
-        return cls(dict.fromkeys(names, tuple(range(layers))), dict.fromkeys(names, ("all",)))
+    def everything(cls, names: Sequence[str], layers: Mapping[str, Sequence[int]]) -> Plan:
+        """Every token of these tensors, in these layers by stack."""
+        found = {f"{stack}/{name}": tuple(each) for stack, each in layers.items() for name in names}
+        return cls(found, dict.fromkeys(found, ("all",)))
 
     def selection(self, name: str) -> str:
-        """The name of a tensor's selection of tokens."""
-        return "+".join(self.tokens[name])
+        """The name of a tensor's selection of tokens, such as ``text/all``."""
+        return f"{stack_of(name)}/{'+'.join(self.tokens[name])}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `vllm_recorder.Recorder` takes."""
@@ -57,31 +59,42 @@ class Plan:
             for name, layers in self.layers.items()
         }
 
-    def wanted(self, prompt: Columns) -> dict[str, Any]:
-        """By selection, what is wanted of a sample whose prompt has these labels: JSON-like."""
+    def wanted(self, labels: Mapping[str, Columns]) -> dict[str, Any]:
+        """By selection, what is wanted of a sample with these labels by stack: JSON-like."""
         found = {}
         for name, tokens in self.tokens.items():
-            wanted = Wanted.of(select(prompt, tokens), answer=bool(_WITH_ANSWER & set(tokens)))
-            found[self.selection(name)] = wanted.to_dict()
+            stack = stack_of(name)
+            answer = stack == "text" and bool(_WITH_ANSWER & set(tokens))
+            found[self.selection(name)] = Wanted.of(select(labels[stack], tokens), answer=answer).to_dict()
         return found
 
 
-def everything_wanted(length: int) -> dict[str, Any]:
-    """Every token of a prompt of this length, as `Plan.everything` names it."""
-    return {"all": Wanted.of(np.ones(length, np.bool_), answer=True).to_dict()}
+def stack_of(tensor: str) -> str:
+    """The stack of a tensor that a plan names."""
+    return tensor.partition("/")[0]
+
+
+def tensor_name(tensor: str, layer: int) -> str:
+    """A tensor of one layer as a reader would name it, such as ``text.3.q``."""
+    return tensor.replace("/", f".{layer}.")
+
+
+def image_tokens(encoder: Columns) -> list[int]:
+    """How many tokens the encoder makes of each image of a sample with these labels."""
+    counts: list[int] = np.bincount(encoder["image_index"]).tolist()
+    return counts
 
 
 def check_sites(sites: Sequence[ResolvedSite]) -> None:
-    """SpecificationError for a site of the vision encoder, or of cross-attention."""
+    """SpecificationError for a site of cross-attention, or of a stack that no engine has."""
     for site in sites:
         if site.spec.site in CROSS_SITES:
             raise SpecificationError(
                 f"{site.spec.to_string()} cannot be captured on vLLM: it runs no cross-attention.",
                 "Capture it with --backend transformers.",
             )
-        if site.stack.name != "text":
+        if site.stack.name not in ("text", "vision"):
             raise SpecificationError(
-                f"{site.spec.to_string()} cannot be captured on vLLM: its image encoder runs ahead of "
-                "the schedule, on images of several samples, and not again for an image that it has seen.",
-                "Capture vision sites with --backend transformers, into a run of their own.",
+                f"{site.spec.to_string()} cannot be captured on vLLM: whose tokens it is about is unknown.",
+                "Capture it with --backend transformers.",
             )

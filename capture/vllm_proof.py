@@ -1,13 +1,14 @@
 """What is proven about an engine on one sample, before anything of it is kept.
 
 The engine's own words about its mask are not taken for it: head outputs are rebuilt from q, k and v under
-each rule of the format, and the simplest rule that gives what the kernel gave is the one.
+each rule of the format, and the simplest rule that gives what the kernel gave is the one. On the first sample
+of each other kind (with images, with several, longer than a window) that rule must give it again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,26 +20,23 @@ from torch import Tensor
 
 from mechanistic.store.errors import CaptureError, ModelError
 
-from .anatomy import Stack
+from .anatomy import Anatomy, Stack
 from .mask_rules import MaskRule, SequenceLayout, describe
 from .proof import Proof, StackProof
-from .residual import Halves, relative_error
+from .rebuilt_attention import rebuild
+from .residual import Halves
 from .tap import AttentionCall
 from .vllm_spool import Spool
 
-_PROBED = ("resid_pre", "resid_post")
-_ATTENDED = ("q", "k", "v", "z")
+_RESIDUAL = ("resid_pre", "resid_post")
+ATTENDED = ("q", "k", "v", "z")
+# What the proof looks at.
+PROBED = (*_RESIDUAL, *ATTENDED)
 # How the model's own code masks, where that is not causal: words of `warning_of`.
 _OWN_MASK = {
     "gemma3": ("image_blocks", "both ways inside an image"),
     "paligemma": ("prefix", "both ways inside the prompt"),
 }
-_NO_PROJECTIONS = "the engine keeps its output projections in a form of its own"
-
-
-def probed_tensors(attention: Collection[str]) -> tuple[str, ...]:
-    """The tensors that the proof looks at."""
-    return (*_PROBED, *(_ATTENDED if attention else ()))
 
 
 def engine_call(
@@ -55,7 +53,7 @@ def engine_call(
     wanted = [np.arange(length) for length in lengths]
 
     def padded(name: str, heads: int) -> Tensor:
-        rows = spool.rows(name, layer, "all", wanted, heads)
+        rows = spool.rows(f"text/{name}", layer, "text/all", wanted, heads)
         full = rows.new_zeros(len(lengths), max(lengths), *rows.shape[1:])
         start = 0
         for sample, length in enumerate(lengths):
@@ -114,11 +112,8 @@ def prove_layer(
     """
     best = np.inf
     for rule in candidates(call.window):
-        pattern = masked(call, rule, [layout]).pattern()
-        mixed = pattern @ call.value.float().repeat_interleave(stack.heads // stack.kv_heads, dim=1)
-        error = relative_error(mixed.transpose(1, 2), call.output)
+        sums, error = rebuild(masked(call, rule, [layout]), stack, [len(layout)])
         if error <= tolerance:
-            sums = 0.0 if call.sinks is not None else float((pattern.sum(-1) - 1).abs().max())
             return rule, error, sums
         best = min(best, error)
     raise CaptureError(
@@ -129,39 +124,77 @@ def prove_layer(
     )
 
 
-def prove_stack(
-    spool: Spool,
-    stack: Stack,
-    layout: SequenceLayout,
-    layers: Sequence[Mapping[str, Any]],
-    attention: Collection[str],
-    tolerance: float,
-) -> StackProof:
-    """Everything about the decoder that the spool of one sample shows."""
-    proof = StackProof(projection_problem=_NO_PROJECTIONS)
-    wanted = [np.arange(len(layout))]
+def prove_residual(spool: Spool, stack: Stack, layers: int, length: int) -> StackProof:
+    """What the spool of one sample of this many tokens shows of a stack's residual stream.
+
+    Raises
+    ------
+    ModelError    it is not as wide as the configuration says.
+    """
+    proof = StackProof()
+    wanted = [np.arange(length)]
     posts: list[Tensor] = []
-    for number in range(len(stack.layers)):
-        pre, post = (spool.rows(name, number, "all", wanted, None) for name in _PROBED)
+    for number in range(layers):
+        pre, post = (
+            spool.rows(f"{stack.name}/{name}", number, f"{stack.name}/all", wanted, None)
+            for name in _RESIDUAL
+        )
         if post.shape[-1] != stack.width:
             raise ModelError(
-                f"text: its layers give {post.shape[-1]} numbers a token, not {stack.width} as configured.",
+                f"{stack.name}: its layers give {post.shape[-1]} numbers a token, not {stack.width} as "
+                "configured.",
                 "This architecture needs an adapter; until it has one, nothing of it is captured.",
             )
         if posts and not torch.equal(posts[-1], pre):
             proof.stream_is_unbroken = False
         posts[:] = [post]
-    for told in layers if attention else ():
+    return proof
+
+
+def prove_attention(
+    spool: Spool,
+    stack: Stack,
+    layout: SequenceLayout,
+    layers: Sequence[Mapping[str, Any]],
+    proof: StackProof,
+    tolerance: float,
+) -> None:
+    """Put into `proof` how each layer of the decoder attends, by the spool of one sample."""
+    for told in layers:
         call = engine_call(spool, stack, told, [len(layout)], whole=True)
         rule, error, sums = prove_layer(call, stack, layout, tolerance)
         number = int(told["number"])
         proof.rules[number] = rule
         proof.attention[str(number)] = describe(rule, call)
-        proof.output_error, proof.row_sum_error = (
-            max(proof.output_error, error),
-            max(proof.row_sum_error, sums),
-        )
-    return proof
+        proof.output_error = max(proof.output_error, error)
+        proof.row_sum_error = max(proof.row_sum_error, sums)
+
+
+def check_attention(
+    spool: Spool,
+    stack: Stack,
+    layout: SequenceLayout,
+    layers: Sequence[Mapping[str, Any]],
+    rules: Mapping[int, MaskRule],
+    tolerance: float,
+) -> None:
+    """CaptureError unless the decoder attends to another sample by the rules that the first one proved."""
+    for told in layers:
+        number = int(told["number"])
+        call = masked(engine_call(spool, stack, told, [len(layout)], whole=True), rules[number], [layout])
+        _, error = rebuild(call, stack, [len(layout)])
+        if error > tolerance:
+            raise CaptureError(
+                f"text.{number} attends by '{rules[number].mask}' to the sample that proved it, and not to "
+                f"this one: head outputs are off by {error:.2g} (allowed: {tolerance:.0e}).",
+                "Leave samples of its kind out, or capture them with --backend transformers.",
+            )
+
+
+def kind_of(layout: SequenceLayout, layers: Sequence[Mapping[str, Any]]) -> tuple[int | bool, ...]:
+    """What of a sample may decide how an engine masks it: no, one or several images, and windows exceeded."""
+    windows = sorted({told["window"] for told in layers} - {None})
+    return (min(int(layout.blocks.max(initial=-1)) + 1, 2), *(len(layout) > window for window in windows))
 
 
 def join_halves(proof: StackProof, found: Sequence[Any]) -> None:
@@ -212,25 +245,34 @@ def warning_of(family: str, proof: StackProof, kernel: str) -> str | None:
 
 
 def report(
-    stack: Stack, proof: StackProof, *, begun: float, change: float, tolerance: float, warnings: list[str]
+    anatomy: Anatomy,
+    proofs: Mapping[str, StackProof],
+    *,
+    begun: float,
+    change: float,
+    tolerance: float,
+    warnings: list[str],
 ) -> Proof:
     """The proof, with the run's attribute `proven`."""
     described = {
-        "path": stack.path,
-        "taps": len(proof.rules),
-        "row_sum_error": proof.row_sum_error,
-        "attention_output_error": proof.output_error,
-        "halves": None if proof.halves is None else proof.halves.definition,
-        "halves_error": proof.halves_error,
-        "resid_post_is_next_resid_pre": proof.stream_is_unbroken,
-        "masks": sorted({rule.mask for rule in proof.rules.values()}),
+        name: {
+            "path": anatomy.stack(name).path,
+            "taps": len(proof.rules),
+            "row_sum_error": proof.row_sum_error,
+            "attention_output_error": proof.output_error,
+            "halves": None if proof.halves is None else proof.halves.definition,
+            "halves_error": proof.halves_error,
+            "resid_post_is_next_resid_pre": proof.stream_is_unbroken,
+            "masks": sorted({rule.mask for rule in proof.rules.values()}),
+        }
+        for name, proof in proofs.items()
     }
     attributes = {
         "tolerance": tolerance,
         "logits_change": change,
         "forwards": 3,
         "seconds": round(time.monotonic() - begun, 3),
-        "stacks": {"text": described},
+        "stacks": described,
         "warnings": warnings,
     }
-    return Proof({"text": proof}, attributes)
+    return Proof(proofs, attributes)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .models import LoadedModel
 from .readout import build_readout
 from .vllm_engine import Engine
+from .vllm_projection import linear
 
 
 def engine_readout(
@@ -31,7 +32,11 @@ def engine_readout(
     file = Path(engine.folder.name) / "readout0.safetensors"
     held = load_file(file)
     file.unlink()
-    anatomy = replace(loaded.anatomy, final_norm=with_weights(norm, held), unembedding=_rows(held))
+    anatomy = replace(
+        loaded.anatomy,
+        final_norm=with_weights(norm, held),
+        unembedding=linear(held["unembed"], held.get("unembed_bias")),
+    )
     # Its rows are those of the words alone, so the words are numbered as the rows are.
     built = build_readout(anatomy, loaded.model, {row: words[token] for row, token in enumerate(tokens)})
     if built is None:
@@ -49,13 +54,3 @@ def with_weights(norm: nn.Module, held: Mapping[str, Tensor]) -> nn.Module:
             if isinstance(parameter, Tensor):
                 parameter.copy_(held[key])
     return filled
-
-
-def _rows(held: Mapping[str, Tensor]) -> nn.Module:
-    weight = held["unembed"]
-    rows = nn.Linear(weight.shape[1], weight.shape[0], bias="unembed_bias" in held, dtype=weight.dtype)
-    with torch.no_grad():
-        rows.weight.copy_(weight)
-        if "unembed_bias" in held:
-            rows.bias.copy_(held["unembed_bias"])
-    return rows

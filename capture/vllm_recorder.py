@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mechanistic.store.errors import CaptureError
 
-from .vllm_rows import Span, Wanted, check_spans, own_id, rows_wanted, spans_of_step
+from .vllm_encoder import encoded_images
+from .vllm_plan import stack_of, tensor_name
+from .vllm_rows import Span, Wanted, check_spans, own_id, rows_wanted, spans_of_images, spans_of_step
 from .vllm_stream import Stream
 
 # Row of a batch, and the logits at its last prompt token.
@@ -27,7 +29,7 @@ LOGITS_ROWS = "logits_rows"
 class Recorder:
     """What one worker keeps of one batch.
 
-    `plan` names, by tensor, the layers and the selection of tokens: {"q": {"layers": [0], "selection": "s"}}.
+    `plan` names layers and tokens by tensor: {"text/q": {"layers": [0], "selection": "text/all"}}.
     """
 
     def __init__(self, plan: Mapping[str, Mapping[str, Any]]) -> None:
@@ -36,18 +38,21 @@ class Recorder:
         self.wanted: dict[str, dict[str, Wanted]] = {}
         self.numbers: dict[str, int] = {}
         self.lengths: dict[str, int] = {}
+        self.images: dict[str, list[int]] = {}
         self.steps = 0
         self._scheduled: Any = None
         self._runner: Any = None
-        self._spans: list[Span] | None = None
+        self._spans: dict[str, list[Span]] = {}
         self._rows: dict[str, Tensor] = {}
-        self._seen: set[tuple[str, int]] = set()
+        # Rows that came out of each tensor in this step.
+        self._seen: dict[tuple[str, int], int] = {}
         self.begin({})
 
     def begin(self, requests: Mapping[str, Mapping[str, Any]]) -> None:
-        """Forget everything and expect these requests: {id: {"number", "prompt_length", "wanted": {...}}}."""
+        """Forget everything and expect these requests, described as by `vllm_prover.request_of`, by id."""
         self.numbers = {name: int(each["number"]) for name, each in requests.items()}
         self.lengths = {name: int(each["prompt_length"]) for name, each in requests.items()}
+        self.images = {name: [int(count) for count in each["images"]] for name, each in requests.items()}
         self.wanted = {}
         for name, each in requests.items():
             for selection, plain in each["wanted"].items():
@@ -59,26 +64,38 @@ class Recorder:
     def enter(self, runner: Any, scheduled: Any) -> None:
         """A step begins."""
         self._runner, self._scheduled = runner, scheduled
-        self._spans = None
+        self._spans.clear()
         self._rows.clear()
         self._seen.clear()
 
     def leave(self) -> None:
         """A step ended well. CaptureError if a tensor that is wanted of it was not seen."""
-        expected = self.expected if self._scheduled.total_num_scheduled_tokens else set()
-        missing = sorted(expected - self._seen)
+        counts = {
+            "text": self._scheduled.total_num_scheduled_tokens,
+            "vision": sum(map(len, self._scheduled.scheduled_encoder_inputs.values())),
+        }
+        expected = {each for each in self.expected if counts[stack_of(each[0])]}
+        missing = sorted(expected - set(self._seen))
         if missing:
             name, layer = missing[0]
             raise CaptureError(
-                f"text.{layer}.{name} was not seen in a step of the engine ({len(missing)} missing in all).",
+                f"{tensor_name(name, layer)} was not seen in a step of the engine ({len(missing)} missing).",
                 "The engine skips layers or replays compiled code; it needs enforce_eager=True.",
             )
+        for (name, layer), rows in self._seen.items():
+            # The decoder pads its steps; an encoder that did would put its padding among the patches.
+            if stack_of(name) == "vision" and rows != self.spans("vision")[-1].stop:
+                raise CaptureError(
+                    f"{tensor_name(name, layer)}: the images of a step should be "
+                    f"{self.spans('vision')[-1].stop} tokens, and are {rows}.",
+                    "Padding would pass for patches: capture vision sites with --backend transformers.",
+                )
         self.steps += 1
         self.abandon()
 
     def abandon(self) -> None:
         """No step is running: forwards from now on are the engine's own tests of itself."""
-        self._scheduled = self._runner = self._spans = None
+        self._scheduled = self._runner = None
 
     @property
     def active(self) -> bool:
@@ -86,20 +103,25 @@ class Recorder:
         return self._scheduled is not None
 
     def put(self, name: str, layer: int, stream: Stream, shape: Sequence[int] = ()) -> None:
-        """Keep the wanted rows of one tensor, or of the sum of two, as (row, *shape)."""
+        """Keep the wanted rows of one tensor, or of the sum of two, as (row, *shape).
+
+        An encoder may give the images of a step in pieces, one behind the other.
+        """
         if not self.active or (name, layer) not in self.expected:
             return
-        if (name, layer) in self._seen:
+        seen, stack = self._seen.get((name, layer), 0), stack_of(name)
+        if seen and stack == "text":
             raise CaptureError(
-                f"text.{layer}.{name} came out of one step twice.",
+                f"{tensor_name(name, layer)} came out of one step twice.",
                 "This architecture needs an adapter; until it has one, leave this site out.",
             )
-        self._seen.add((name, layer))
-        rows = self._step_rows(self.selection[name], stream[0].device)
+        rows = self._step_rows(stack, self.selection[name], stream[0].device)
+        flat = [part.detach().reshape(-1, *(shape or part.shape[-1:])) for part in stream]
+        self._seen[name, layer] = seen + len(flat[0])
+        if stack == "vision":
+            rows = rows[(rows >= seen) & (rows < seen + len(flat[0]))] - seen
         # index_select copies: the next fused kernel may write where the tensor is.
-        parts = [
-            part.detach().reshape(-1, *(shape or part.shape[-1:])).index_select(0, rows) for part in stream
-        ]
+        parts = [part.index_select(0, rows) for part in flat]
         kept = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         self._kept[name, layer].append(kept.cpu())
 
@@ -107,7 +129,7 @@ class Recorder:
         """Keep the logits of requests whose prompt this step completes; `logits` has a row a request."""
         if not self.active or logits is None:
             return
-        spans = self.spans()
+        spans = self.spans("text")
         if logits.shape[0] != len(spans):
             raise CaptureError(
                 f"A step of {len(spans)} requests has logits for {logits.shape[0]}.",
@@ -118,18 +140,21 @@ class Recorder:
             if name in self.numbers and span.positions.stop == self.lengths[name]:
                 self._logits[self.numbers[name]] = logits[row].detach().float().cpu()
 
-    def spans(self) -> list[Span]:
-        """Who the rows of this step are, checked against the attention metadata once a step."""
-        if self._spans is None:
+    def spans(self, stack: str) -> list[Span]:
+        """Who the rows of this step are, checked once a step against the engine's own idea of them."""
+        if stack not in self._spans:
             batch = self._runner.input_batch
-            spans = spans_of_step(list(batch.req_ids[: batch.num_reqs]), self._scheduled)
-            _check_metadata(spans)
-            self._spans = spans
-        return self._spans
+            if stack == "text":
+                spans = spans_of_step(list(batch.req_ids[: batch.num_reqs]), self._scheduled)
+                _check_metadata(spans)
+            else:
+                spans = spans_of_images(encoded_images(self._runner, self._scheduled), self.images)
+            self._spans[stack] = spans
+        return self._spans[stack]
 
-    def _step_rows(self, selection: str, device: torch.device) -> Tensor:
+    def _step_rows(self, stack: str, selection: str, device: torch.device) -> Tensor:
         if selection not in self._rows:
-            rows, labels = rows_wanted(self.spans(), self.wanted.get(selection, {}), self.numbers)
+            rows, labels = rows_wanted(self.spans(stack), self.wanted.get(selection, {}), self.numbers)
             self._labels[selection].append(labels)
             self._rows[selection] = torch.from_numpy(rows).to(device)
         return self._rows[selection]

@@ -106,6 +106,32 @@ def spans_of_step(order: Sequence[str], scheduled: Any) -> list[Span]:
     return spans
 
 
+def spans_of_images(images: Sequence[tuple[str, int]], tokens: Mapping[str, Sequence[int]]) -> list[Span]:
+    """The spans of the images that a step encodes; positions count the encoder's tokens of a request.
+
+    Parameters
+    ----------
+    images
+        Request id, and which image of it, in the order of the rows.
+    tokens
+        By request id without the engine's suffix, how many tokens the encoder makes of each of its images.
+
+    Raises
+    ------
+    CaptureError    an image belongs to no request.
+    """
+    spans: list[Span] = []
+    start = 0
+    for request, image in images:
+        counts = tokens.get(own_id(request), ())
+        if image >= len(counts):
+            raise mismatch(f"image {image} of request {request} is not one that was sent")
+        stop = start + counts[image]
+        spans.append(Span(request, start, stop, sum(counts[:image])))
+        start = stop
+    return spans
+
+
 def check_spans(spans: Sequence[Span], starts: Sequence[int], lengths: Sequence[int]) -> None:
     """Compare the spans of a step with what its attention kernel was told.
 

@@ -19,6 +19,7 @@ from .residual import relative_error
 from .sites import ResolvedSite
 from .specification import KV_SITES, RESIDUAL_SITES
 from .vllm_heads import owned_heads
+from .vllm_plan import tensor_name
 from .vllm_recorder import LOGITS, LOGITS_ROWS
 from .vllm_rows import Places, place_rows
 
@@ -63,7 +64,7 @@ class Spool:
         heads: int | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The wanted positions of every sample, end to end: (row, ...), of all `heads` where it has some.
+        """The wanted positions of every sample in one tensor, end to end: (row, ...), of all its `heads`.
 
         Parameters
         ----------
@@ -74,7 +75,7 @@ class Spool:
         ------
         CaptureError    a position is missing, or was computed twice with different results.
         """
-        where = f"text.{layer}.{name}"
+        where = tensor_name(name, layer)
         places = self._place(selection, wanted, where)
         index = torch.from_numpy(places.rows)
         if heads is None or len(self._open) == 1:

@@ -22,15 +22,15 @@ from .residual import LayerProbe, first_tensor
 Stream = tuple[Tensor, ...]
 
 
-def stream_into(layer: nn.Module, args: Any, kwargs: Any) -> Stream:
-    """What goes into a layer, by the names of its arguments.
+def stream_into(layer: nn.Module, args: Any, kwargs: Any, *, encoder: bool = False) -> Stream:
+    """What goes into a layer, by the names of its arguments; some layers of an encoder call it x.
 
     Raises
     ------
     ModelError    the layer takes no hidden_states.
     """
     bound = inspect.signature(layer.forward).bind_partial(*args, **kwargs).arguments
-    hidden = bound.get("hidden_states")
+    hidden = bound.get("hidden_states", bound.get("x") if encoder else None)
     if not isinstance(hidden, Tensor):
         raise ModelError(
             f"{type(layer).__name__} of the engine takes no hidden_states: {', '.join(bound)}.",
@@ -69,9 +69,12 @@ def flat(stream: Stream) -> Tensor:
 class EngineLayerProbe(LayerProbe):
     """Finds the halves of a layer of an engine, in the first step that it sees."""
 
-    def __init__(self, layer: nn.Module, tolerance: float, active: Callable[[], bool]) -> None:
+    def __init__(
+        self, layer: nn.Module, tolerance: float, active: Callable[[], bool], *, encoder: bool = False
+    ) -> None:
         super().__init__(layer, tolerance)
         self.active = active
+        self.encoder = encoder
         self.done = False
 
     @contextmanager
@@ -92,7 +95,7 @@ class EngineLayerProbe(LayerProbe):
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._off:
-            self.pre = flat(stream_into(layer, args, kwargs))
+            self.pre = flat(stream_into(layer, args, kwargs, encoder=self.encoder))
 
     def _child_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:

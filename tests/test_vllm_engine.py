@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
 from tiny_models import llava
+from zoo import ZOO
 
 from mechanistic.capture.engine_options import engine_options
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.sites import resolve_sites
 from mechanistic.capture.specification import parse_sites
 from mechanistic.capture.token_table import no_words
+from mechanistic.capture.vllm_encoder import check_encoder
 from mechanistic.capture.vllm_engine import FIXED, check_options, check_version, is_supported
 from mechanistic.capture.vllm_plan import Plan, check_sites
 from mechanistic.store.errors import SpecificationError, UsageError
@@ -87,16 +90,61 @@ def test_engine_options__must_be_key_and_value(texts: list[str]) -> None:
         engine_options(texts)
 
 
-def test_check_sites__the_image_encoder_is_refused_with_the_reason(loaded: LoadedModel) -> None:
-    sites = resolve_sites(parse_sites(["text.*.q", "vision.*.resid_post"]), loaded.anatomy, "float32")
-    with pytest.raises(SpecificationError, match=r"vision\.\*\.resid_post.* on vLLM: .*\n.*--backend transf"):
+@pytest.mark.parametrize("site", ["text.*.xq", "vision_global.*.resid_post"])
+def test_check_sites__what_no_engine_shows_is_refused_with_the_reason(site: str) -> None:
+    anatomy = ZOO["mllama"].build().anatomy
+    sites = resolve_sites(parse_sites(["text.*.resid_post", site]), anatomy, "float32")
+    with pytest.raises(SpecificationError, match=rf"{re.escape(site)}.* on vLLM: .*\n.*--backend transf"):
         check_sites(sites)
+    check_sites(sites[:1])
+
+
+def told(layers: int, *, kind: str = "CLIPEncoderLayer", problem: str | None = None) -> dict[str, Any]:
+    """What a worker says of an image encoder."""
+    return {"layers": [{"number": at, "class": kind} for at in range(layers)], "problem": problem}
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder", "says"),
+    [
+        ("llava", told(2, problem="it is two stacks."), "it is two stacks"),
+        ("llava", told(2, kind="PixtralLayer"), "in which order PixtralLayer sees the patches of a 'llava'"),
+        ("pixtral", told(2), "sees the patches of a 'pixtral' was never compared"),
+        ("llava", told(0), "was never compared"),
+        ("llava", told(1), r"vision\.1 is not there .* runs 1 of the 2 layers.*\n.*vision\.0-0"),
+    ],
+)
+def test_check_encoder__what_is_not_certain_is_refused_with_the_reason(
+    loaded: LoadedModel, family: str, encoder: dict[str, Any], says: str
+) -> None:
+    sites = resolve_sites(parse_sites(["vision.*.resid_post"]), loaded.anatomy, "float32")
+    stack = loaded.anatomy.stack("vision")
+    check_encoder(told(2), stack, "llava", sites)
+    with pytest.raises(SpecificationError, match=f"(?s){says}"):
+        check_encoder(encoder, stack, family, sites)
 
 
 def test_plan__is_the_union_of_what_sites_need(loaded: LoadedModel) -> None:
-    asked = ["text.0.attn_stats[text]", "text.2.q[last]", "text.1-2.resid_post[last+image]", "text.*.k{1}"]
+    asked = [
+        "text.0.attn_stats[text]",
+        "text.2.q[last]",
+        "text.1-2.resid_post[last+image]",
+        "text.*.k{1}",
+        "vision.0.resid_post",
+    ]
     plan = Plan.of(resolve_sites(parse_sites(asked), loaded.anatomy, "float32"))
-    assert plan.layers == {"q": (0, 2), "k": (0, 1, 2), "resid_post": (1, 2)}
-    assert plan.tokens == {"q": ("all", "last"), "k": ("all",), "resid_post": ("image", "last")}
-    assert plan.to_dict()["resid_post"] == {"layers": [1, 2], "selection": "image+last"}
-    assert set(plan.wanted(no_words(0))) == {"all+last", "all", "image+last"}
+    assert plan.layers == {
+        "text/q": (0, 2),
+        "text/k": (0, 1, 2),
+        "text/resid_post": (1, 2),
+        "vision/resid_post": (0,),
+    }
+    assert plan.tokens == {
+        "text/q": ("all", "last"),
+        "text/k": ("all",),
+        "text/resid_post": ("image", "last"),
+        "vision/resid_post": ("all",),
+    }
+    assert plan.to_dict()["text/resid_post"] == {"layers": [1, 2], "selection": "text/image+last"}
+    labels = {"text": no_words(0), "vision": no_words(0)}
+    assert set(plan.wanted(labels)) == {"text/all+last", "text/all", "text/image+last", "vision/all"}

@@ -60,9 +60,10 @@ def write(folder: Path, ranks: int, *, queries: torch.Tensor, keys: torch.Tensor
         own_queries, own_keys = (
             each[order][:, list(owned_heads(each.shape[1], rank, ranks))] for each in (queries, keys)
         )
-        tensors = {"q.0": own_queries, "k.0": own_keys, "resid_post.0": queries[order].flatten(1)}
+        residual = queries[order].flatten(1)
+        tensors = {"text/q.0": own_queries, "text/k.0": own_keys, "text/resid_post.0": residual}
         save_file(
-            {name: each.contiguous() for name, each in tensors.items()} | {"rows.all": labels},
+            {name: each.contiguous() for name, each in tensors.items()} | {"rows.text/all": labels},
             folder / f"rank{rank}.safetensors",
         )
 
@@ -72,9 +73,9 @@ def test_spool__gathers_the_heads_of_all_ranks_under_their_numbers(tmp_path: Pat
     write(tmp_path, 4, queries=queries, keys=keys, order=[3, 4, 5, 0, 1, 2])
     wanted = [np.array([0, 2, 5])]
     with Spool(tmp_path, 4, 1e-5) as spool:
-        torch.testing.assert_close(spool.rows("q", 0, "all", wanted, 8), queries[[0, 2, 5]])
-        torch.testing.assert_close(spool.rows("k", 0, "all", wanted, 2), keys[[0, 2, 5]])
-        residual = spool.rows("resid_post", 0, "all", wanted, None)
+        torch.testing.assert_close(spool.rows("text/q", 0, "text/all", wanted, 8), queries[[0, 2, 5]])
+        torch.testing.assert_close(spool.rows("text/k", 0, "text/all", wanted, 2), keys[[0, 2, 5]])
+        residual = spool.rows("text/resid_post", 0, "text/all", wanted, None)
         torch.testing.assert_close(residual, queries[[0, 2, 5]].flatten(1))
     assert not list(tmp_path.iterdir())
 
@@ -87,21 +88,21 @@ def test_spool__a_token_computed_twice_must_agree_with_itself(tmp_path: Path) ->
     again[2:] *= 1 + 1e-7
     for name, values in (("same", again), ("other", queries[[0, 1, 3, 1, 2]])):
         (tmp_path / name).mkdir()
-        save_file({"q.0": values, "rows.all": labels}, tmp_path / name / "rank0.safetensors")
+        save_file({"text/q.0": values, "rows.text/all": labels}, tmp_path / name / "rank0.safetensors")
     wanted = [np.array([0, 1, 2])]
     with Spool(tmp_path / "same", 1, 1e-5) as spool:
-        torch.testing.assert_close(spool.rows("q", 0, "all", wanted, 2), again[2:], rtol=0, atol=0)
+        torch.testing.assert_close(spool.rows("text/q", 0, "text/all", wanted, 2), again[2:], rtol=0, atol=0)
     with (
         Spool(tmp_path / "other", 1, 1e-5) as spool,
         pytest.raises(CaptureError, match=r"text\.0\.q: a token that the engine computed twice differs"),
     ):
-        spool.rows("q", 0, "all", wanted, 2)
+        spool.rows("text/q", 0, "text/all", wanted, 2)
 
 
 def test_spool__ranks_that_kept_other_tokens_are_an_error(tmp_path: Path) -> None:
     values = torch.randn(3, 2, 4)
     write(tmp_path, 2, queries=values, keys=values, order=[0, 1, 2])
-    held = {"q.0": values[:, :1], "rows.all": torch.tensor([[0, 0], [0, 2], [0, 1]])}
+    held = {"text/q.0": values[:, :1], "rows.text/all": torch.tensor([[0, 0], [0, 2], [0, 1]])}
     save_file({name: each.contiguous() for name, each in held.items()}, tmp_path / "rank1.safetensors")
     with Spool(tmp_path, 2, 1e-5) as spool, pytest.raises(CaptureError, match="kept different tokens"):
-        spool.rows("q", 0, "all", [np.array([0])], 2)
+        spool.rows("text/q", 0, "text/all", [np.array([0])], 2)

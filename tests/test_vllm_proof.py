@@ -14,7 +14,15 @@ from mechanistic.capture.mask_rules import MaskRule, SequenceLayout
 from mechanistic.capture.proof import StackProof
 from mechanistic.capture.residual import Halves
 from mechanistic.capture.tap import AttentionCall
-from mechanistic.capture.vllm_proof import check_layers, join_halves, masked, prove_layer, warning_of
+from mechanistic.capture.vllm_proof import (
+    check_attention,
+    check_layers,
+    join_halves,
+    kind_of,
+    masked,
+    prove_layer,
+    warning_of,
+)
 from mechanistic.capture.vllm_stream import EngineLayerProbe, flat, stream_into, stream_out
 from mechanistic.store.errors import CaptureError, ModelError
 
@@ -95,6 +103,48 @@ def test_warning_of__is_given_where_the_model_masks_otherwise(family: str, mask:
     said = warning_of(family, proof, "CPU_ATTN")
     assert (said is not None) == expected
     assert said is None or "not the model's own" in said
+
+
+class HandSpool:
+    """A spool that holds one call of one layer."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.held = {
+            "text/q": call.query[0].transpose(0, 1),
+            "text/k": call.key[0].transpose(0, 1),
+            "text/v": call.value[0].transpose(0, 1),
+            "text/z": call.output[0],
+        }
+
+    def rows(self, name: str, *_: Any) -> Tensor:
+        return self.held[name]
+
+    def sinks(self, *_: Any) -> None:
+        return None
+
+
+def test_check_attention__another_sample_is_held_against_the_rule_of_the_first() -> None:
+    spool: Any = HandSpool(kernel(MaskRule("causal")))
+    told = [{"number": 0, "scale": 0.5, "softcap": None, "window": None}]
+    check_attention(spool, STACK, LAYOUT, told, {0: MaskRule("causal")}, 1e-5)
+    with pytest.raises(
+        CaptureError, match=r"text\.0 attends by 'prefix' to the sample that proved it, and not"
+    ):
+        check_attention(spool, STACK, LAYOUT, told, {0: MaskRule("prefix")}, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([-1] * 3, (0, False, False)),
+        ([-1] * 5, (0, True, False)),
+        ([-1, 0, 0], (1, False, False)),
+        ([0, -1, 1, -1, 2, -1, -1], (2, True, True)),
+    ],
+)
+def test_kind_of__is_what_a_mask_may_depend_on(blocks: list[int], expected: tuple[int | bool, ...]) -> None:
+    layers = [{"window": 4}, {"window": None}, {"window": 6}, {"window": 4}]
+    assert kind_of(SequenceLayout(np.array(blocks, np.int16), len(blocks)), layers) == expected
 
 
 class Norm(nn.Module):

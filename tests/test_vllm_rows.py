@@ -16,6 +16,7 @@ from mechanistic.capture.vllm_rows import (
     own_id,
     place_rows,
     rows_wanted,
+    spans_of_images,
     spans_of_step,
 )
 from mechanistic.store.errors import CaptureError
@@ -155,3 +156,16 @@ def test_place_rows__any_schedule_gives_the_same(seed: int) -> None:
     found = place_rows(np.concatenate(labels), wanted, "text.0.q")
     expected = [100 * n + position for n in range(5) for position in wanted[n].tolist()]
     assert np.concatenate(values)[found.rows].tolist() == expected
+
+
+def test_spans_of_images__count_the_tokens_of_all_images_of_a_request() -> None:
+    tokens = {"0": [4, 6], "1": [5]}
+    spans = spans_of_images([("1-ab", 0), ("0-cd", 1), ("0-cd", 0)], tokens)
+    assert spans == [Span("1-ab", 0, 5, 0), Span("0-cd", 5, 11, 4), Span("0-cd", 11, 15, 0)]
+    assert [each.positions for each in spans] == [range(5), range(4, 10), range(4)]
+
+
+@pytest.mark.parametrize("image", [("0-cd", 2), ("9-ef", 0)])
+def test_spans_of_images__of_nobody_are_an_error(image: tuple[str, int]) -> None:
+    with pytest.raises(CaptureError, match=f"image {image[1]} of request {image[0]} is not one"):
+        spans_of_images([image], {"0": [4, 6]})

@@ -14,13 +14,12 @@ from zoo_parts import HALF, HUB, TEXT, VOCABULARY, grown, siglip, template, toke
 from mechanistic.capture.dataset import Sample
 from mechanistic.capture.models import LoadedModel
 
-SITES = [
-    f"text.*.{name}"
-    for name in (
-        *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
-        *("q", "k", "v", "z", "attn_stats", "pattern"),
-    )
-]
+NAMES = (
+    *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    *("q", "k", "v", "z", "attn_stats", "pattern"),
+)
+SITES = [f"text.*.{name}" for name in NAMES]
+VISION = [f"vision.*.{name}" for name in NAMES]
 # Longest answer, and questions of the longer run of the bundled model.
 ANSWER, QUESTIONS = 3, 400
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -159,7 +158,7 @@ MODELS: Mapping[str, Callable[[], LoadedModel]] = {
     "llava": llava,
     "qwen2_5_vl": qwen2_5_vl,
 }
-SEES = ("gemma3", "llava", "qwen2_5_vl")
+SEES = ("gemma3", "llava", "qwen2_5_vl", "spatial-tiny")
 
 
 def save(name: str, folder: Path) -> None:
@@ -177,8 +176,13 @@ def save(name: str, folder: Path) -> None:
         save_file(named, file, {"format": "pt"})
 
 
+def sites(name: str) -> list[str]:
+    """Everything that can be captured of a model."""
+    return SITES + (VISION if name in SEES else [])
+
+
 def samples(name: str) -> tuple[Sample, ...]:
-    """Six questions of different lengths; with images of different sizes, one or two a question."""
+    """Six questions of different lengths; one or two images a question, of different sizes, one twice."""
     extra = (
         "",
         " and the blue ring",
@@ -191,7 +195,9 @@ def samples(name: str) -> tuple[Sample, ...]:
 
     def images(number: int) -> tuple[Image.Image, ...]:
         count = (1 + number % 2) if name in SEES else 0
-        return tuple(picture(10 * number + i, *sizes[(number + i) % len(sizes)]) for i in range(count))
+        # The last sample begins with the image of the first.
+        first = number % 5
+        return tuple(picture(10 * first + i, *sizes[(first + i) % len(sizes)]) for i in range(count))
 
     return tuple(
         Sample(

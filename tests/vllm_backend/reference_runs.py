@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_models import ANSWER, MODELS, QUESTIONS, SITES, samples, save
+from engine_models import ANSWER, MODELS, QUESTIONS, samples, save, sites
 from tiny_models import Listed
 
 from mechanistic.capture.job import capture_run
@@ -25,13 +25,13 @@ def main(folder: Path) -> None:
             str(folder / name),
             Listed(samples(name)),
             folder / f"{name}-run",
-            sites=SITES,
+            sites=sites(name),
             batch_size=6,
             max_new_tokens=ANSWER,
             attention="eager",
             quiet=True,
         )
-    whole = {"sites": SITES, "max_new_tokens": ANSWER, "quiet": True}
+    whole = {"sites": sites("spatial-tiny"), "max_new_tokens": ANSWER, "quiet": True}
     capture_run("spatial-tiny", Shapes(6), folder / "spatial-tiny-run", **whole)
     last = {"sites": ["text.3.resid_post[last]"], "batch_size": 40, "quiet": True}
     capture_run("spatial-tiny", Shapes(QUESTIONS), folder / "shapes-run", **last)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_models import ANSWER, SITES, samples
+from engine_models import ANSWER, samples, sites
 from same_runs import assert_same_runs
 from tiny_models import Listed
 
@@ -39,7 +39,13 @@ def test_vllm__is_what_transformers_computes(
     loaded = engine(zoo / name, **CHUNKS)
     path = tmp_path / "run"
     capture_run(
-        loaded, Listed(samples(name)), path, sites=SITES, batch_size=6, max_new_tokens=ANSWER, quiet=True
+        loaded,
+        Listed(samples(name)),
+        path,
+        sites=sites(name),
+        batch_size=6,
+        max_new_tokens=ANSWER,
+        quiet=True,
     )
     errors = assert_same_runs(zoo / f"{name}-run", path)
     run = open_run(path)
@@ -54,7 +60,7 @@ def test_vllm__is_what_transformers_computes(
 def test_vllm__runs_transformers_own_classes(zoo: Path, tmp_path: Path, engine: Callable[..., Any]) -> None:
     loaded = engine("spatial-tiny", **CHUNKS)
     path = tmp_path / "run"
-    capture_run(loaded, Shapes(6), path, sites=SITES, max_new_tokens=ANSWER, quiet=True)
+    capture_run(loaded, Shapes(6), path, sites=sites("spatial-tiny"), max_new_tokens=ANSWER, quiet=True)
     assert_same_runs(zoo / "spatial-tiny-run", path)
     assert open_run(path).attrs["model"]["engine_class"] == "TransformersMultiModalForCausalLM"
 
