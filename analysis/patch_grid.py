@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .patch_ends import PairEnds
 from .patch_pairs import SamplePairs
 from .patch_places import Tokens
-from .patch_plan import PatchPlan
+from .patch_plan import PATTERN, PatchPlan
 from .sweep import Steps, Sweep
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PatchGrid:
         there = np.array([[each is not None for each in row] for row in patches])
         values = np.full((len(self.pairs), *shape, len(self.plan.cells)), np.nan)
         with kept.steps(int(there.sum() * np.prod(shape)), quiet=quiet) as step:
-            for chunk in _chunks(self.sweep, self.pairs):
+            for chunk in _chunks(self.sweep, self.plan, self.pairs):
                 ready = cache(partial(self._prepare, chunk))
                 owner, cell = np.nonzero(there[chunk])
                 owner += chunk.start
@@ -103,10 +103,11 @@ class PatchGrid:
         return found
 
 
-def _chunks(sweep: PatchSweep, pairs: SamplePairs) -> Iterator[range]:
+def _chunks(sweep: PatchSweep, plan: PatchPlan, pairs: SamplePairs) -> Iterator[range]:
     """Pairs whose states fit into memory together."""
-    longest = max(len(each.decoder[0]["position"]) for each in sweep.questions.values())
-    row = sweep.loaded.anatomy.stack("text").width * 4
+    longest = max(len(each.table(plan.stack)[0]["position"]) for each in sweep.questions.values())
+    own = sweep.loaded.anatomy.stack(plan.stack)
+    row = 4 * max(own.width, own.heads * longest if PATTERN in plan.sites else 0)
     size = max(1, MAX_BYTES // (2 * longest * row * sweep.kept_layers))
     for first in range(0, len(pairs), size):
         yield range(first, min(first + size, len(pairs)))

@@ -85,6 +85,23 @@ def matched_rows(place: Place, base: Tokens, source: Tokens) -> tuple[Rows, Rows
     return first, second
 
 
+def require_same_keys(base: Tokens, source: Tokens) -> None:
+    """DataError unless attention in one sample can take the place of that in the other."""
+    for name in ("position", "kind", "image_index", "tile", "patch_row", "patch_col"):
+        own, other = (each.table[name] for each in (base, source))
+        if name == "kind":
+            own, other = (each == KIND["image"] for each in (own, other))
+        if not np.array_equal(own, other):
+            what = "images in different places"
+            if len(own) != len(other):
+                what = f"{len(base)} and {len(source)} tokens"
+            raise DataError(
+                f"Samples {base.sample_id!r} and {source.sample_id!r} have {what}, so a row of attention of "
+                "the one does not fit the other.",
+                "Pair samples of one length and image size, or patch z, q or k by role.",
+            )
+
+
 def _image_cells(
     place: Place, own: NDArray[np.bool_], other: NDArray[np.bool_], base: Tokens, source: Tokens
 ) -> Rows:

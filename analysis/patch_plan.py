@@ -10,12 +10,13 @@ import numpy as np
 
 from mechanistic.store.errors import SpecificationError
 
-from .patch_places import EVERY, Place, Tokens, chosen_places, matched_rows
+from .patch_places import EVERY, Place, Tokens, chosen_places, matched_rows, require_same_keys
 from .token_places import place_name
 
 PROJECTOR = "projector"
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-OF_HEADS = {"q": "head", "z": "head", "k": "kv_head", "v": "kv_head"}
+PATTERN = "pattern"
+OF_HEADS = {"q": "head", "z": "head", PATTERN: "head", "k": "kv_head", "v": "kv_head"}
 
 Heads = str | int | Sequence[int] | None
 
@@ -85,9 +86,13 @@ def patch_plan(
     Raises
     ------
     SpecificationError    a site, layer or head that does not exist, or sites that do not share their axes.
+    DataError             attention is patched, and samples of a pair do not have the same keys.
     """
     names = [sites] if isinstance(sites, str) else list(sites)
     stack, kept = _sites(names)
+    if PATTERN in kept:
+        for base, source in pairs:
+            require_same_keys(base, source)
     if names == [PROJECTOR]:
         layers = 0 if layers is None else layers
         positions = "image" if positions is None else positions
@@ -119,7 +124,7 @@ def _sites(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     known = (*RESIDUAL, *OF_HEADS)
     stacks, kept = set(), []
     for name in names:
-        stack, _, site = name.rpartition(".") if "." in name else ("text", "", name)
+        stack, site = stack_and_site(name)
         if site == PROJECTOR and len(names) == 1:
             # What the projector gives is what enters the decoder at the image's tokens.
             return "text", ("resid_pre",)
@@ -133,6 +138,12 @@ def _sites(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     if len(stacks) != 1:
         raise SpecificationError("The sites are of several stacks.", "Sweep them one after the other.")
     return stacks.pop(), tuple(dict.fromkeys(kept))
+
+
+def stack_and_site(name: str) -> tuple[str, str]:
+    """``vision.z`` and ``vision/z`` are of the encoder, ``z`` of the decoder."""
+    stack, _, site = name.replace("/", ".").rpartition(".")
+    return stack or "text", site
 
 
 def _numbers(wanted: Any, count: int, what: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from .patch_ends import PairEnds
 from .patch_grid import PatchGrid
 from .patch_pairs import SamplePairs, Samples, sample_pairs
 from .patch_places import Place, Tokens
-from .patch_plan import Heads, PatchPlan, patch_plan
+from .patch_plan import Heads, PatchPlan, patch_plan, stack_and_site
+from .pattern_source import pattern_source
 from .sweep import Sweep, run_folder
 
 if TYPE_CHECKING:
@@ -66,14 +68,15 @@ def patch(
         Samples that are run, and those that they are patched from, one to one: rows or ids of samples/.
         Absent: the run's minimal pairs, of which the first is the clean one.
     sites
-        resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z; of the encoder ``vision.SITE``; or
-        ``projector``, what enters the decoder in place of the image.
+        resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, or pattern, rows of attention at the
+        positions of their queries; of the encoder ``vision.SITE``; or ``projector``, what enters the decoder
+        in place of the image.
     positions
         Roles (subject, object, relation, last, image, subject_box, ..., see `place_masks`) or positions;
         ``every`` position by itself; absent, the roles that all samples have. Roles match samples of
         different lengths, see `matched_rows`.
     heads
-        Of q, k, v and z: each by itself; their numbers; or ``all`` together.
+        Of q, k, v, z and pattern: each by itself; their numbers; or ``all`` together.
     direction
         "denoise": the corrupt sample is run and patched from the clean one. "noise": the other way round.
     metric
@@ -103,8 +106,8 @@ def patch(
     ------
     MissingSiteError    the run lacks a site, layer or token that is needed; says how to capture it.
     ModelError          the run was captured from other weights (unless `recompute`).
-    DataError           no pair has a difference; lengths differ and positions are asked for; the first tokens
-                        of the answers do not tell them apart.
+    DataError           no pair has a difference; lengths differ and positions or a pattern are asked for; the
+                        first tokens of the answers do not tell them apart.
     SpecificationError  an unknown site, layer, head, direction or metric.
     OutputExistsError   derived/NAME, or an unfinished sweep of that name, has other parameters.
 
@@ -173,7 +176,7 @@ def _prepare(
     depth = len(loaded.anatomy.stack("text").layers)
     states: Any = RecordedStates(loaded, questions, halves)
     if not recompute:
-        states = StoredStates(run, depth, resumed.image_layers)
+        states = StoredStates(run, depth, resumed.image_layers, partial(pattern_source, run))
     found = [(questions[int(a)], questions[int(b)]) for a, b in zip(pairs.clean, pairs.corrupt, strict=True)]
     answers = None if metric == "kl" else pair_answers(loaded, found)
     return PatchSweep(loaded, resumed, states, questions, halves, batch_size), answers
@@ -181,7 +184,7 @@ def _prepare(
 
 def _tokens(batch: Any, sites: str | Sequence[str]) -> Tokens:
     names = [sites] if isinstance(sites, str) else list(sites)
-    tables = batch.encoder if names and names[0].startswith("vision.") else batch.decoder
+    tables = batch.encoder if names and stack_and_site(names[0])[0] == "vision" else batch.decoder
     return Tokens(tables[0], batch.samples[0].extra, batch.samples[0].sample_id)
 
 

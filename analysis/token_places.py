@@ -29,7 +29,9 @@ def default_places(tables: Sequence[Columns], extras: Sequence[Mapping[str, Any]
     The image as a whole is named only where no boxes divide it.
     """
     boxes = [f"{name}_box" for name in _BOXES]
-    candidates = [*boxes, BACKGROUND, "image", "subject", "object", "relation", "last"]
+    # An encoder's tokens are no words.
+    words = all("is_subject" in table for table in tables)
+    candidates = [*boxes, BACKGROUND, "image", *(["subject", "object", "relation", "last"] if words else [])]
     there = [
         name
         for name in candidates

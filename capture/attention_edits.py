@@ -87,13 +87,16 @@ class AttentionEdits:
 
     def _change_weights(self, module: nn.Module, site: str, weights: Tensor) -> Tensor:
         own = self._owner[module]
-        if site in own.changes and weights.shape[0] * weights.shape[2] != own.rows:
-            raise ModelError(
-                f"{type(module).__name__} attends to its tokens in pieces, so its {site} cannot be edited.",
-                "Edit q, k, v or z of this stack instead.",
-            )
+        whole = weights.shape[0] * weights.shape[2] == own.rows
         for change in own.changes.get(site, ()):
-            weights = change(weights)
+            part = change if whole else _of_piece(change, own)
+            if part is None:
+                raise ModelError(
+                    f"{type(module).__name__} attends to its tokens in pieces, so this change of its {site} "
+                    "cannot be made.",
+                    "Edit q, k, v or z of this stack instead.",
+                )
+            weights = part(weights)
         return weights
 
     def _change(self, own: _Layer, site: str, tensor: Tensor) -> Tensor:
@@ -105,10 +108,20 @@ class AttentionEdits:
             return tensor
         piece = slice(own.seen, own.seen + rows)
         for change in own.changes[site]:
+            part = _of_piece(change, own)
+            if part is not None:
+                tensor = part(tensor)
+                continue
             whole = tensor.new_zeros(1, own.rows, *tensor.shape[2:])
             whole[0, piece] = tensor.reshape(rows, *tensor.shape[2:])
             tensor = change(whole)[0, piece].reshape(tensor.shape)
         return tensor
+
+
+def _of_piece(change: Change, own: _Layer) -> Change | None:
+    """The change of the tokens that come next, where it can tell."""
+    piece = getattr(change, "piece", None)
+    return None if piece is None else piece(own.seen, own.rows)
 
 
 def _counting(own: _Layer) -> Callable[..., None]:

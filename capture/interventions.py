@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ EDITED_SITES = (
 ATTENTION_EDITS = ("q", "k", "v", "scores", "pattern", "z")
 
 Change = Callable[[Tensor], Tensor]
+Hook = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Edit:
     (batch, token, d_model); for q, k, v and z (batch, token, head, d_head), keys and values not repeated over
     query heads; for scores (before the mask) and pattern (batch, head, query, key), float32. It runs with
     autograd as the caller set it. In a vision encoder the batch is one of crops; where an encoder joins all
-    of them into one sequence (Qwen), the batch is 1.
+    of them into one sequence (Qwen), the batch is 1. Where one attends to them in pieces, a change of scores
+    or weights needs a method `piece(start, tokens)`: the change of the tokens from `start` on, of all.
     """
 
     stack: str
@@ -91,17 +94,25 @@ def intervening(
     CaptureError          at the end: the tensor of an edit never came by; or a change alters the shape.
     """
     applied: set[int] = set()
-    changes = [_noting(edit, number, applied) for number, edit in enumerate(edits)]
+    changes = [_Noted(edit, edit.change, partial(applied.add, number)) for number, edit in enumerate(edits)]
     for edit in edits:
         _check(edit, loaded, halves)
     with ExitStack() as active:
+        leaving: list[tuple[nn.Module, Hook]] = []
         for number in sorted(range(len(edits)), key=lambda number: EDITED_SITES.index(edits[number].site)):
             edit = edits[number]
             if edit.site not in ATTENTION_EDITS:
-                stack = loaded.anatomy.stack(edit.stack)
+                layer = loaded.anatomy.stack(edit.stack).layers[edit.layer]
                 known = halves.get(edit.stack)
                 own = None if known is None else known.at(edit.layer)
-                active.enter_context(_hooked(stack.layers[edit.layer], edit.site, own, changes[number]))
+                inside, behind = _hooks(layer, edit.site, own, changes[number])
+                for attach in inside:
+                    active.callback(attach().remove)
+                leaving += [(layer, hook) for hook in behind]
+        # Before the library's own hooks, which keep what leaves a layer for those who read it there (LLaVA).
+        # The last to be attached is the first to run.
+        for layer, hook in reversed(leaving):
+            active.callback(layer.register_forward_hook(hook, prepend=True).remove)
         attention = AttentionEdits()
         for edit, change in zip(edits, changes, strict=True):
             if edit.site in ATTENTION_EDITS:
@@ -120,19 +131,30 @@ def intervening(
         )
 
 
-def _noting(edit: Edit, number: int, applied: set[int]) -> Change:
-    def change(tensor: Tensor) -> Tensor:
-        changed = edit.change(tensor)
+@dataclass(frozen=True, eq=False)
+class _Noted:
+    """A change that says when it was made, and looks at the shape of what it makes."""
+
+    edit: Edit
+    change: Change
+    note: Callable[[], None]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        changed = self.change(tensor)
         if changed.shape != tensor.shape:
             raise CaptureError(
-                f"The edit of {edit.stack}.{edit.layer}.{edit.site} makes {tuple(changed.shape)} of "
-                f"{tuple(tensor.shape)}.",
+                f"The edit of {self.edit.stack}.{self.edit.layer}.{self.edit.site} makes "
+                f"{tuple(changed.shape)} of {tuple(tensor.shape)}.",
                 "A change returns a tensor of the shape that it gets.",
             )
-        applied.add(number)
+        self.note()
         return changed
 
-    return change
+    @property
+    def piece(self) -> Callable[[int, int], Change] | None:
+        """What makes the change of a piece of the tokens, where the change has such a thing."""
+        own = getattr(self.change, "piece", None)
+        return None if own is None else lambda start, tokens: replace(self, change=own(start, tokens))
 
 
 def _check(edit: Edit, loaded: LoadedModel, halves: Mapping[str, Halves | None]) -> None:
@@ -150,35 +172,28 @@ def _check(edit: Edit, loaded: LoadedModel, halves: Mapping[str, Halves | None])
         require_halves(edit.stack, edit.site, halves.get(edit.stack))
 
 
-@contextmanager
-def _hooked(layer: nn.Module, site: str, halves: Halves | None, change: Change) -> Iterator[None]:
-    """The hooks of one edit of a residual-like site."""
-    with ExitStack() as hooks:
-        for handle in _attach(layer, site, halves, change):
-            hooks.callback(handle.remove)
-        yield
-
-
-def _attach(layer: nn.Module, site: str, halves: Halves | None, change: Change) -> list[Any]:
+def _hooks(
+    layer: nn.Module, site: str, halves: Halves | None, change: Change
+) -> tuple[list[Callable[[], Any]], list[Hook]]:
+    """What attaches the hooks of one edit inside a layer, and its hooks of what leaves the layer."""
     if site == "resid_pre":
-        return [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs: with_input(args, kwargs, _rows(change, hidden_input(args, kwargs))),
-                with_kwargs=True,
-            )
-        ]
+        return [partial(layer.register_forward_pre_hook, _entering(change), with_kwargs=True)], []
     if site == "resid_post":
-        return [layer.register_forward_hook(lambda _, args, output: _with_output(output, change))]
+        return [], [lambda _, args, output: _with_output(output, change)]
     assert halves is not None
     if halves.middle is not None:
-        return _attach_difference(layer, site, halves.middle, change)
+        return _of_difference(layer, site, halves.middle, change)
     if site == "resid_mid":
-        return _attach_middle(layer, halves, change)
+        return _of_middle(layer, halves, change), []
     child = layer.get_submodule(halves.attention if site == "attn_out" else halves.mlp)
-    return [child.register_forward_hook(lambda _, args, output: _with_output(output, change))]
+    return [partial(child.register_forward_hook, lambda _, args, output: _with_output(output, change))], []
 
 
-def _attach_middle(layer: nn.Module, halves: Halves, change: Change) -> list[Any]:
+def _entering(change: Change) -> Hook:
+    return lambda _, args, kwargs: with_input(args, kwargs, _rows(change, hidden_input(args, kwargs)))
+
+
+def _of_middle(layer: nn.Module, halves: Halves, change: Change) -> list[Callable[[], Any]]:
     """The stream between the halves is changed by what the first of them adds to it."""
     entered: list[Tensor] = []
 
@@ -195,13 +210,16 @@ def _attach_middle(layer: nn.Module, halves: Halves, change: Change) -> list[Any
 
         return _replaced(output, half(first_tensor(output)))
 
+    attention = layer.get_submodule(halves.attention)
     return [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.get_submodule(halves.attention).register_forward_hook(leave),
+        partial(layer.register_forward_pre_hook, enter, with_kwargs=True),
+        partial(attention.register_forward_hook, leave),
     ]
 
 
-def _attach_difference(layer: nn.Module, site: str, middle: str, change: Change) -> list[Any]:
+def _of_difference(
+    layer: nn.Module, site: str, middle: str, change: Change
+) -> tuple[list[Callable[[], Any]], list[Hook]]:
     """Where halves are differences: what is changed in the middle is also added at the end of the layer."""
     entered: list[Tensor] = []
     added: list[Tensor] = []
@@ -225,11 +243,11 @@ def _attach_difference(layer: nn.Module, site: str, middle: str, change: Change)
             return _replaced(output, post + (_rows(change, seen) - seen))
         return _replaced(output, post + added.pop())
 
+    second = layer.get_submodule(middle)
     return [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.get_submodule(middle).register_forward_pre_hook(between, with_kwargs=True),
-        layer.register_forward_hook(leave),
-    ]
+        partial(layer.register_forward_pre_hook, enter, with_kwargs=True),
+        partial(second.register_forward_pre_hook, between, with_kwargs=True),
+    ], [leave]
 
 
 def _rows(change: Change, tensor: Tensor) -> Tensor:

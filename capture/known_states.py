@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mechanistic.store.errors import MissingSiteError, ModelError
 from .batch import Batch
 from .interventions import Edit, intervening
 from .models import LoadedModel
+from .pattern_rows import Kept
 from .residual import Halves
 from .resumed_forward import joined_inputs, plain_logits
 
@@ -77,11 +79,13 @@ def require_same_model(run: xr.DataTree, loaded: LoadedModel) -> None:
 @dataclass(frozen=True)
 class StoredStates:
     """Read from a run. `depth` is how many layers the decoder has; `image_layers` as in `ResumedForward`:
-    above, what leaves a layer enters the next."""
+    above, what leaves a layer enters the next. `patterns` gives rows of attention by stack, layer and sample.
+    """
 
     run: xr.DataTree
     depth: int
     image_layers: int
+    patterns: Callable[[str, int, int], Rows] | None = None
     _labels: dict[str, tuple[xr.Dataset, NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=dict)
 
     def prepare(self, samples: Iterable[int], wanted: Iterable[Wanted]) -> None:
@@ -90,8 +94,11 @@ class StoredStates:
     def find(self, stack: str, site: str, layer: int) -> tuple[str, int]:
         """The group and layer that hold a site; MissingSiteError with the command that captures it.
 
-        What leaves a layer is read from what enters the next, and the other way round, where they are equal.
+        What leaves a layer is read from what enters the next, and the other way round, where they are equal;
+        a pattern is rebuilt from q and k where the run has both.
         """
+        if site == "pattern":
+            return self._find_pattern(stack, layer)
         candidates = [(site, layer)]
         if stack == "text" and site == "resid_pre" and layer > self.image_layers:
             candidates.append(("resid_post", layer - 1))
@@ -103,9 +110,20 @@ class StoredStates:
                 return path, number
         raise self.missing(stack, site, f"layer {layer}")
 
+    def _find_pattern(self, stack: str, layer: int) -> tuple[str, int]:
+        if {f"/{stack}/q", f"/{stack}/k"} <= set(self.run.groups):
+            self.find(stack, "q", layer)
+            return self.find(stack, "k", layer)
+        path = f"{stack}/pattern"
+        if f"/{path}" in self.run.groups and layer in stored_site(self.run, path)["layer"].values:
+            return path, layer
+        raise self.missing(stack, "pattern", f"layer {layer}")
+
     def rows(self, stack: str, site: str, layer: int, samples: Sequence[int]) -> dict[int, Rows]:
         """The rows of these samples, read in one go."""
         path, number = self.find(stack, site, layer)
+        if site == "pattern" and self.patterns is not None:
+            return {each: self.patterns(stack, layer, each) for each in samples}
         data, owner, positions = self._site(path)
         place = int(np.flatnonzero(data["layer"].values == number)[0])
         array = data[path.partition("/")[2]].isel(layer=place)
@@ -185,16 +203,9 @@ class RecordedStates:
         """Not known: nothing is read from the run."""
         return None
 
-    def _keeper(self, wanted: Wanted, number: int) -> Any:
-        # A tensor of one sample; an encoder's batch is one of crops.
-        flat = 2 if wanted[1] in ("q", "k", "v", "z") else 1
-
-        def keep(tensor: Tensor) -> Tensor:
-            self._kept[wanted, number] = tensor.detach().reshape(-1, *tensor.shape[-flat:]).cpu()
-            return tensor
-
-        return keep
+    def _keeper(self, wanted: Wanted, number: int) -> Kept:
+        return Kept(wanted[1], partial(self._kept.__setitem__, (wanted, number)))
 
 
 def _all_heads(site: str, values: Tensor) -> tuple[int, ...] | None:
-    return tuple(range(values.shape[1])) if site in ("q", "k", "v", "z") else None
+    return tuple(range(values.shape[1])) if site in ("q", "k", "v", "z", "pattern") else None

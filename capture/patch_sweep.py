@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import Batch
+from .encoder_edits import OverCrops
 from .interventions import Edit, ReplaceRows, intervening, replace_rows
 from .known_states import KnownStates, Rows, StoredStates, Wanted
 from .models import LoadedModel
+from .pattern_rows import ReplacePattern, padded_keys
 from .residual import Halves
 from .resumed_forward import ResumedForward, check_error, joined_inputs, plain_logits
 
@@ -108,7 +111,8 @@ class PatchSweep:
         for first in range(skip * self.batch_size, len(patches), self.batch_size):
             where = slice(first, first + self.batch_size)
             chosen = patches[where]
-            values = torch.cat([sources[each.source].at(each.source_rows, each.head) for each in chosen])
+            found = [sources[each.source].at(each.source_rows, each.head) for each in chosen]
+            values = padded_keys(found) if site == "pattern" else torch.cat(found)
             with torch.no_grad():
                 if start is None:
                     yield where, self._whole(stack, site, layer, chosen, values)
@@ -176,47 +180,45 @@ class PatchSweep:
         index = _index(chosen)
         if site == "resid_pre" or (site == "resid_post" and start == layer + 1):
             return self.resumed.logits(inputs, last, start, replace_rows(hidden, index, values))
-        edit = Edit("text", layer, site, ReplaceRows(index, values))
+        width = hidden.shape[1]
+        change: Any = ReplaceRows(index, values)
+        if site == "pattern":
+            change = _replaced_pattern(chosen, [place * width for place in range(len(chosen))], values)
+        edit = Edit("text", layer, site, change)
         with intervening(self.loaded, [edit], self.halves):
             return self.resumed.logits(inputs, last, start, hidden)
 
     def _whole(self, stack: str, site: str, layer: int, chosen: Sequence[Patch], values: Tensor) -> Tensor:
         inputs, last = joined_inputs(self.loaded, [self.questions[patch.base].inputs for patch in chosen])
         lengths = [len(self.questions[patch.base].encoder[0]["position"]) for patch in chosen]
-        change = ReplaceFlatRows(_flat_index(chosen, lengths), values, sum(lengths))
+        before = np.cumsum([0, *lengths[:-1]]).tolist()
+        change: Any = OverCrops(ReplaceRows(_index(chosen, before), values), sum(lengths))
+        if site == "pattern":
+            change = _replaced_pattern(chosen, before, values)
         with intervening(self.loaded, [Edit(stack, layer, site, change)], self.halves):
             return plain_logits(self.loaded, inputs, last)
 
 
-@dataclass(frozen=True, eq=False)
-class ReplaceFlatRows:
-    """Replace rows of an encoder's tensor, counted over all its crops; (row,) or (row, head)."""
-
-    where: tuple[Tensor, ...]
-    values: Tensor
-    rows: int
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        flat = tensor.reshape(self.rows, *tensor.shape[2:])
-        return replace_rows(flat, self.where, self.values).reshape(tensor.shape)
-
-
-def _index(chosen: Sequence[Patch]) -> tuple[Tensor, ...]:
-    counts = [len(patch.base_rows) for patch in chosen]
-    batch = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(counts))
+def _index(chosen: Sequence[Patch], before: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """Sample and token, or, all samples being one, the token behind so many `before`."""
+    counts = torch.tensor([len(patch.base_rows) for patch in chosen])
+    batch = torch.repeat_interleave(torch.arange(len(chosen)), counts)
     rows = torch.from_numpy(np.concatenate([patch.base_rows for patch in chosen]))
+    if before is not None:
+        batch, rows = torch.zeros_like(batch), rows + torch.tensor(before)[batch]
     return (batch, rows, *_head_index(chosen, counts))
 
 
-def _flat_index(chosen: Sequence[Patch], lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    before = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    pieces = [patch.base_rows + start for patch, start in zip(chosen, before, strict=True)]
-    counts = [len(piece) for piece in pieces]
-    return (torch.from_numpy(np.concatenate(pieces)), *_head_index(chosen, counts))
+def _replaced_pattern(chosen: Sequence[Patch], before: Sequence[int], values: Tensor) -> ReplacePattern:
+    """The rows of attention of each patch, whose sample has so many tokens `before` it."""
+    _, rows, *heads = _index(chosen, before)
+    counts = torch.tensor([len(patch.base_rows) for patch in chosen])
+    first = torch.repeat_interleave(torch.tensor(before), counts)
+    return ReplacePattern(rows, first, values, heads[0] if heads else None)
 
 
-def _head_index(chosen: Sequence[Patch], counts: Sequence[int]) -> tuple[Tensor, ...]:
+def _head_index(chosen: Sequence[Patch], counts: Tensor) -> tuple[Tensor, ...]:
     if chosen[0].head is None:
         return ()
     heads = torch.tensor([-1 if patch.head is None else patch.head for patch in chosen])
-    return (torch.repeat_interleave(heads, torch.tensor(counts)),)
+    return (torch.repeat_interleave(heads, counts),)

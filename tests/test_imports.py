@@ -33,6 +33,7 @@ MAY_CALL_CAPTURE = {
     "analysis/patch_grid.py",
     "analysis/patching.py",
     "analysis/path_patching.py",
+    "analysis/pattern_source.py",
     "analysis/steering.py",
     "analysis/swapped_pairs.py",
     "analysis/sweep.py",

@@ -80,7 +80,7 @@ def naive(
 
     def put(_: Any, args: Any, kwargs: Any, *output: Any) -> Any:
         had = first(output[0]) if output else args[0] if args else kwargs["hidden_states"]
-        new = had.clone()
+        new = had.clone(memory_format=torch.contiguous_format)
         columns = slice(None) if heads is None else heads
         flat, other = new.reshape(-1, new.shape[-1]), kept[0].reshape(-1, new.shape[-1])
         flat[rows, columns] = other[rows, columns]
@@ -92,7 +92,8 @@ def naive(
         if before:
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         else:
-            handle = module.register_forward_hook(hook, with_kwargs=True)
+            # Before those of the library, which keep what leaves a layer of the encoder.
+            handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         try:
             with torch.no_grad():
                 logits = loaded.model(**inputs_of(loaded, sample), use_cache=False).logits
