@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from mechanistic.store.errors import DimensionError, SpecificationError
 
-from .experiment import begin, chosen_heads, chosen_layers, layer_window, trial_masks
+from .experiment import begin, chosen_heads, chosen_layers, layer_window, require_stack, trial_masks
 from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
 from .token_places import place_name
 
@@ -25,6 +26,7 @@ def attention_knockout(
     samples: Any,
     model: Any,
     *,
+    stack: Literal["text", "vision"] = "text",
     edges: Sequence[Edge] = (("last", "image"),),
     window: int = 1,
     layers: int | Sequence[int] | None = None,
@@ -45,6 +47,9 @@ def attention_knockout(
     ----------
     samples, model
         As in `causal_tracing`.
+    stack
+        ``"text"``: the decoder; ``"vision"``: the image encoder, whose places are ``"image"``, boxes such as
+        ``"subject_box"``, and positions of its own tokens.
     edges
         (query, key) places, see `causal_tracing`; every token of one no longer sees any of the other.
     window
@@ -71,21 +76,22 @@ def attention_knockout(
     Geva, Bastings, Filippova and Globerson (2023), arXiv:2304.14767.
     """
     experiment = begin(model, samples)
+    require_stack(stack)
     if window < 1 or not edges:
         raise SpecificationError(
             f"window={window}, {len(edges)} edges.",
             "Give a window of 1 or more, and edges=[('last', 'image')].",
         )
-    numbers, chosen = chosen_layers(experiment, layers), chosen_heads(experiment, heads)
+    numbers, chosen = chosen_layers(experiment, layers, stack), chosen_heads(experiment, heads, stack)
     groups = [[head] for head in chosen] if per_head else [chosen]
 
     def edits(_: slice, trial: Trial) -> Edits:
         from mechanistic.capture.interventions import CloseKeys, Edit
 
         def of(index: tuple[int, ...]) -> list[Any]:
-            closed = _pairs(trial, edges[index[0]], groups[index[2] if per_head else 0])
-            around = layer_window(numbers[index[1]], window, experiment.layers)
-            return [Edit("text", layer, "scores", CloseKeys(closed)) for layer in around]
+            closed = _between(trial, stack, edges[index[0]], groups[index[2] if per_head else 0], CloseKeys)
+            around = layer_window(numbers[index[1]], window, experiment.depth(stack))
+            return [Edit(stack, layer, "scores", closed) for layer in around]
 
         return of
 
@@ -97,6 +103,7 @@ def attention_knockout(
     result = intervention_sweep(experiment, InterventionGrid("knocked_out", coords, edits), how)
     return result.assign_attrs(
         analysis="attention_knockout",
+        stack=stack,
         window=window,
         heads="each" if per_head else ",".join(map(str, chosen)),
     )
@@ -106,6 +113,7 @@ def scale_attention(
     samples: Any,
     model: Any,
     *,
+    stack: Literal["text", "vision"] = "text",
     factors: Sequence[float] = (0.5, 0.8, 1.2, 1.5, 2.0),
     edge: Edge = ("last", "image"),
     layers: int | Sequence[int] | None = None,
@@ -123,6 +131,8 @@ def scale_attention(
 
     Parameters
     ----------
+    stack
+        As in `attention_knockout`.
     layers, heads
         Those that are scaled, together; all by default.
 
@@ -142,20 +152,20 @@ def scale_attention(
     Chen et al. (2025), Why is spatial reasoning hard for VLMs?, arXiv:2503.01773 (ScalingVis, AdaptVis).
     """
     experiment = begin(model, samples)
+    require_stack(stack)
     if not factors or min(factors) < 0:
         raise SpecificationError(
             f"The factors are {list(factors)}.", "Give some of 0 or more: factors=[0.5, 2.0]."
         )
-    numbers, chosen = chosen_layers(experiment, layers), chosen_heads(experiment, heads)
+    numbers, chosen = chosen_layers(experiment, layers, stack), chosen_heads(experiment, heads, stack)
 
     def edits(_: slice, trial: Trial) -> Edits:
         from mechanistic.capture.interventions import Edit, ScaleScores
 
-        scaled = _pairs(trial, edge, chosen)
-
         def of(index: tuple[int, ...]) -> list[Any]:
-            change = ScaleScores(scaled, float(factors[index[0]]))
-            return [Edit("text", layer, "scores", change) for layer in numbers]
+            factor = partial(ScaleScores, factor=float(factors[index[0]]))
+            scaled = _between(trial, stack, edge, chosen, factor)
+            return [Edit(stack, layer, "scores", scaled) for layer in numbers]
 
         return of
 
@@ -163,6 +173,7 @@ def scale_attention(
     grid = InterventionGrid("scaled", {"factor": np.array(factors, np.float64)}, edits)
     return intervention_sweep(experiment, grid, how).assign_attrs(
         analysis="scale_attention",
+        stack=stack,
         edge=" -> ".join(place_name(place) for place in edge),
         layers=",".join(map(str, numbers)),
         heads=",".join(map(str, chosen)),
@@ -214,11 +225,15 @@ def adapt_scale(result: xr.Dataset, *, unsure: float, sure: float, threshold: fl
     )
 
 
-def _pairs(trial: Trial, edge: Edge, heads: Sequence[int]) -> Any:
-    """Queries and keys of an edge, (sample, head, query, key), boolean."""
+def _between(trial: Trial, stack: str, edge: Edge, heads: Sequence[int], change: Callable[[Any], Any]) -> Any:
+    """The change of scores that is made from the queries and keys of an edge, (sample, head, query, key)."""
     import torch
 
-    query, key = torch.from_numpy(trial_masks(trial, list(edge)))
-    chosen = torch.zeros(trial.loaded.anatomy.stack("text").heads, dtype=torch.bool)
+    from mechanistic.capture.encoder_edits import Between
+
+    query, key = torch.from_numpy(trial_masks(trial, list(edge), stack))
+    chosen = torch.zeros(trial.loaded.anatomy.stack(stack).heads, dtype=torch.bool)
     chosen[list(heads)] = True
-    return query[:, None, :, None] & key[:, None, None, :] & chosen[:, None, None]
+    if stack == "vision":
+        return Between(query[0], key[0], chosen, change)
+    return change(query[:, None, :, None] & key[:, None, None, :] & chosen[:, None, None])

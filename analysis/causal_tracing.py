@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -21,6 +21,7 @@ from .experiment import (
     layer_window,
     place_names,
     places_of,
+    require_stack,
     trial_masks,
     with_mean,
 )
@@ -36,6 +37,7 @@ CORRUPTIONS = ("noise", "mean")
 class _Sweep:
     """What is spoiled, what is restored, and where."""
 
+    stack: str
     corrupt: str
     corruption: str
     scale: float
@@ -53,6 +55,7 @@ def causal_tracing(
     samples: Any,
     model: Any,
     *,
+    stack: Literal["text", "vision"] = "text",
     corrupt: str = "subject",
     corruption: str = "noise",
     noise_scale: float = 3.0,
@@ -82,6 +85,9 @@ def causal_tracing(
         A dataset such as Shapes(32), a list of samples, or one Sample.
     model
         What `load_model` returned, or a name for it.
+    stack
+        ``"text"``: the decoder; ``"vision"``: the image encoder, where the patches that enter its first layer
+        are spoiled and its own states restored. Its places are ``"image"``, boxes, and positions.
     corrupt
         The tokens that are spoiled: ``"subject"``, ``"image"``, ``"subject+object"``, see `select_tokens`.
     corruption
@@ -122,10 +128,12 @@ def causal_tracing(
     arXiv:2202.05262.
     """
     experiment = begin(model, samples)
+    require_stack(stack)
     _check(sites, corruption, noise_scale, noise_samples, window)
-    numbers, named = chosen_layers(experiment, layers), places_of(experiment, places)
-    embeddings = embedding_statistics(experiment, corrupt, batch_size, metric)
+    numbers, named = chosen_layers(experiment, layers, stack), places_of(experiment, places, stack)
+    embeddings = embedding_statistics(experiment, corrupt, batch_size, metric, stack)
     sweep = _Sweep(
+        stack=stack,
         corrupt=corrupt,
         corruption=corruption,
         scale=noise_scale,
@@ -147,6 +155,7 @@ def causal_tracing(
     )
     result.attrs = experiment.attrs | {
         "analysis": "causal_tracing",
+        "stack": stack,
         "corrupt": corrupt,
         "corruption": corruption,
         "noise_standard_deviation": noise_scale * embeddings.deviations[0] if corruption == "noise" else 0.0,
@@ -191,16 +200,16 @@ def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, quiet: bool
     total = -(-size // per_batch) * (2 + int(np.prod(shape[1:])))
     with torch.no_grad(), forward_progress(total, quiet=quiet) as progress:
         for where, trial in experiment.trials(per_batch, sweep.metric):
-            masks = trial_masks(trial, [sweep.corrupt, *sweep.places])
-            sites = [(layer, site) for site in sweep.sites for layer in range(experiment.layers)]
-            states, logits = trial.read(sites)
+            masks = trial_masks(trial, [sweep.corrupt, *sweep.places], sweep.stack)
+            sites = [(layer, site) for site in sweep.sites for layer in range(experiment.depth(sweep.stack))]
+            states, logits = trial.read(sites, stack=sweep.stack)
             clean[where] = _mean_of(trial.metric_of(logits, sweep.metric))
             progress.step()
             spoil = _spoiling(trial, masks[0], sweep)
             trial, logits = trial.known(spoil, sweep.copies)
             corrupted[where] = _mean_of(trial.metric_of(logits, sweep.metric))
             progress.step()
-            for index, edits in _restorations(experiment, states, masks[1:], sweep):
+            for index, edits in _restorations(experiment, trial, states, masks[1:], sweep):
                 value = trial.measure(sweep.metric, edits, sweep.copies)
                 restored[(where, *index)] = _mean_of(value)
                 progress.step()
@@ -217,9 +226,11 @@ def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> list[Any]
     import torch
 
     from mechanistic.capture.corruptions import embedding_noise
-    from mechanistic.capture.interventions import Add, Edit
+    from mechanistic.capture.interventions import Add
 
-    levels = embeddings_of(trial)
+    levels = embeddings_of(trial, sweep.stack)
+    # Each sample has noise of its own, whatever else is in the batch.
+    own_rows = [(0, slice(None))] if sweep.stack == "text" else list(enumerate(trial.crops))
     edits = []
     for level, (own, where) in enumerate(zip(levels, entering(trial, mask, len(levels)), strict=True)):
         if not where.any():
@@ -228,26 +239,33 @@ def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> list[Any]
             mean = torch.from_numpy(sweep.embeddings.means[level]).to(own.device, own.dtype)
             spoiling = (mean - own) * torch.from_numpy(where)[..., None].to(own.device)
         else:
-            spoiling = embedding_noise(
-                where,
-                own.shape[-1],
-                scale=sweep.scale * sweep.embeddings.deviations[level],
-                copies=sweep.copies,
-                seed=sweep.seed,
-                start=trial.batch.start,
-                level=level,
-            )
-        edits.append(Edit("text", level, "resid_pre", Add(spoiling)))
+            parts = [
+                embedding_noise(
+                    where[:, tokens],
+                    own.shape[-1],
+                    scale=sweep.scale * sweep.embeddings.deviations[level],
+                    copies=sweep.copies,
+                    seed=sweep.seed,
+                    start=trial.batch.start + row,
+                    level=level,
+                )
+                for row, tokens in own_rows
+            ]
+            spoiling = torch.cat(parts, dim=1)
+        edits.append(trial.edit(sweep.stack, level, "resid_pre", Add(spoiling)))
     return edits
 
 
 def _restorations(
-    experiment: Experiment, states: dict[tuple[int, str], Any], masks: NDArray[np.bool_], sweep: _Sweep
+    experiment: Experiment,
+    trial: Trial,
+    states: dict[tuple[int, str], Any],
+    masks: NDArray[np.bool_],
+    sweep: _Sweep,
 ) -> Iterator[tuple[tuple[int, int, int], list[Any]]]:
     """(site, layer, place) by their places in the result, and the edits that restore what is there."""
     import torch
 
-    from mechanistic.capture.interventions import Edit
     from mechanistic.capture.trial import put_back
 
     for site_at, site in enumerate(sweep.sites):
@@ -256,8 +274,8 @@ def _restorations(
             for place_at, mask in enumerate(masks):
                 where = torch.from_numpy(mask)
                 edits = [
-                    Edit("text", number, site, put_back(states[number, site], where, sweep.copies))
-                    for number in layer_window(layer, wide, experiment.layers)
+                    trial.edit(sweep.stack, number, site, put_back(states[number, site], where, sweep.copies))
+                    for number in layer_window(layer, wide, experiment.depth(sweep.stack))
                 ]
                 yield (site_at, layer_at, place_at), edits
 

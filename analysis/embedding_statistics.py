@@ -30,16 +30,16 @@ class EmbeddingStatistics:
 
 
 def embedding_statistics(
-    experiment: Experiment, corrupt: str, batch_size: int, metric: Metric
+    experiment: Experiment, corrupt: str, batch_size: int, metric: Metric, stack: str = "text"
 ) -> EmbeddingStatistics:
     """The statistics of the tokens `corrupt` of all samples. Raises like `place_masks`."""
     import torch
 
     rows: list[list[NDArray[np.float32]]] = []
     for _, trial in experiment.trials(batch_size, metric):
-        mask = trial_masks(trial, [corrupt])[0]
+        mask = trial_masks(trial, [corrupt], stack)[0]
         with torch.no_grad():
-            levels = embeddings_of(trial)
+            levels = embeddings_of(trial, stack)
         masks = entering(trial, mask, len(levels))
         rows.append([level.float().cpu().numpy()[own] for level, own in zip(levels, masks, strict=True)])
     joined = [np.concatenate(level) for level in zip(*rows, strict=True)]
@@ -50,8 +50,13 @@ def embedding_statistics(
     )
 
 
-def embeddings_of(trial: Trial) -> list[Any]:
-    """What enters the first layer, and what images add between higher ones: (sample, token, d_model)."""
+def embeddings_of(trial: Trial, stack: str = "text") -> list[Any]:
+    """What enters the first layer, and what images add between higher ones: (sample, token, d_model).
+
+    Of an encoder (1, token of all samples, d_model), which nothing is added to.
+    """
+    if stack == "vision":
+        return list(trial.read([(0, "resid_pre")], stack=stack)[0].values())
     deep = image_levels(trial)
     sites = [(0, "resid_pre")]
     for level in range(1, deep + 1):
@@ -63,6 +68,8 @@ def embeddings_of(trial: Trial) -> list[Any]:
 
 def entering(trial: Trial, mask: NDArray[np.bool_], levels: int) -> list[NDArray[np.bool_]]:
     """Which of the tokens `mask` (sample, token) have embeddings at each level: at higher ones, of images."""
+    if levels == 1:
+        return [mask]
     image = np.zeros_like(mask)
     for row, table in enumerate(trial.batch.decoder):
         image[row, : len(table["kind"])] = table["kind"] == KIND["image"]

@@ -39,7 +39,11 @@ class Experiment:
     @property
     def layers(self) -> int:
         """How many the decoder has."""
-        return len(self.loaded.anatomy.stack("text").layers)
+        return self.depth("text")
+
+    def depth(self, stack: str) -> int:
+        """How many layers a stack has. ModelError if there is no such stack."""
+        return len(self.loaded.anatomy.stack(stack).layers)
 
     @property
     def clusters(self) -> NDArray[np.str_]:
@@ -168,15 +172,31 @@ def layer_window(layer: int, window: int, count: int) -> range:
     return range(max(0, layer - window // 2), min(count, layer - (-window // 2)))
 
 
-def trial_masks(trial: Trial, places: Sequence[str | int]) -> NDArray[np.bool_]:
-    """Which tokens of a trial are at each place: (place, sample, token). Raises like `place_masks`."""
+def trial_masks(trial: Trial, places: Sequence[str | int], stack: str = "text") -> NDArray[np.bool_]:
+    """Which tokens of a trial are at each place: (place, sample, token). Raises like `place_masks`.
+
+    In an encoder those of all samples lie end to end: (place, 1, token).
+    """
     samples = trial.batch.samples
     extras = [sample.extra for sample in samples]
-    masks = place_masks(trial.batch.decoder, extras, places, [sample.sample_id for sample in samples])
-    return np.pad(masks, ((0, 0), (0, 0), (0, trial.width - masks.shape[2])))
+    masks = place_masks(trial.batch.table(stack), extras, places, [sample.sample_id for sample in samples])
+    if stack == "text":
+        return np.pad(masks, ((0, 0), (0, 0), (0, trial.width - masks.shape[2])))
+    own = [masks[:, row, : each.stop - each.start] for row, each in enumerate(trial.crops)]
+    return np.concatenate(own, axis=1)[:, None]
 
 
-def places_of(experiment: Experiment, places: Sequence[str | int] | str | None) -> list[str | int]:
+def require_stack(stack: str) -> None:
+    """SpecificationError unless a stack is one that experiments change."""
+    if stack not in ("text", "vision"):
+        raise SpecificationError(
+            f"There is no stack '{stack}' to change.", "Choose 'text', the decoder, or 'vision', the encoder."
+        )
+
+
+def places_of(
+    experiment: Experiment, places: Sequence[str | int] | str | None, stack: str = "text"
+) -> list[str | int]:
     """The places asked for; by default every role that all samples have.
 
     Raises
@@ -189,7 +209,7 @@ def places_of(experiment: Experiment, places: Sequence[str | int] | str | None) 
         return list(places)
     tables, extras = [], []
     for _, trial in experiment.trials(8, "log_prob"):
-        tables += trial.batch.decoder
+        tables += trial.batch.table(stack)
         extras += [sample.extra for sample in trial.batch.samples]
     found = default_places(tables, extras)
     if not found:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DimensionError, SpecificationError
 
-from .experiment import Experiment, begin, chosen_layers, trial_masks
+from .experiment import Experiment, begin, chosen_layers, require_stack, trial_masks
 from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
 from .token_places import place_name
 
@@ -35,6 +35,7 @@ class _Steering:
     vectors: NDArray[np.float64]
     choice: NDArray[np.int64]
     mode: Mode
+    stack: str
     site: str
     layers: tuple[int, ...]
     strengths: tuple[float, ...]
@@ -45,17 +46,21 @@ class _Steering:
         """Those of a batch, by (layer, strength), or by strength alone."""
         import torch
 
-        from mechanistic.capture.interventions import Edit
         from mechanistic.capture.trial import at_tokens
 
-        rows = at_tokens(torch.from_numpy(trial_masks(trial, [self.place])[0]))
-        choice = torch.from_numpy(self.choice[where])[rows[0]]
+        rows = at_tokens(torch.from_numpy(trial_masks(trial, [self.place], self.stack)[0]))
+        choice = torch.from_numpy(self.choice[where])
+        if self.stack == "text":
+            choice = choice[rows[0]]
+        else:
+            sizes = torch.tensor([each.stop - each.start for each in trial.crops])
+            choice = choice.repeat_interleave(sizes)[rows[1]]
 
         def of(index: tuple[int, ...]) -> list[Any]:
             strength = self.strengths[index[-1]]
             places = range(len(self.layers)) if self.together else [index[0]]
             return [
-                Edit("text", self.layers[place], self.site, change)
+                trial.edit(self.stack, self.layers[place], self.site, change)
                 for place in places
                 for change in self._changes(place, strength, rows, choice)
             ]
@@ -81,6 +86,7 @@ def steer(
     strengths: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),
     mode: Mode = "add",
     scale: Scale = "own",
+    stack: Literal["text", "vision"] = "text",
     site: str = "resid_post",
     layers: int | Sequence[int] | None = None,
     together: bool = False,
@@ -111,9 +117,9 @@ def steer(
         Multiples s of the direction.
     scale
         Its length: ``"own"``, ``"unit"`` (1), or ``"norm"``, the mean length of what it is added to.
-    site, layers, place
-        Where: a residual-like site, the layers that the direction has by default, and the tokens (see
-        `causal_tracing`).
+    stack, site, layers, place
+        Where: the decoder or, with ``"vision"``, the image encoder; a residual-like site of it, the layers
+        that the direction has by default, and the tokens (see `causal_tracing`).
     together
         Steer all the layers at once instead of each by itself.
 
@@ -137,18 +143,20 @@ def steer(
     Turner et al. (2023), arXiv:2308.10248. Ravfogel et al. (2020), arXiv:2004.07667 (projection).
     """
     experiment = begin(model, samples)
+    require_stack(stack)
     _check(mode, scale, site, strengths)
-    numbers = _layers_of(experiment, direction, layers)
-    vectors, names = _vectors(experiment, direction, numbers)
+    numbers = _layers_of(experiment, direction, layers, stack)
+    vectors, names = _vectors(experiment, direction, numbers, stack)
     vectors, choice = _chosen(experiment, vectors, names, towards, mode)
     if scale != "own":
         vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
     if scale == "norm":
-        vectors = vectors * _lengths(experiment, site, numbers, place, batch_size)[:, None, None]
+        vectors = vectors * _lengths(experiment, stack, site, numbers, place, batch_size)[:, None, None]
     steering = _Steering(
         vectors,
         choice,
         mode,
+        stack,
         site,
         tuple(numbers),
         tuple(float(strength) for strength in strengths),
@@ -164,6 +172,7 @@ def steer(
         mode=mode,
         towards=towards or "",
         scale=scale,
+        stack=stack,
         site=site,
         place=place_name(place),
         layers=",".join(map(str, numbers)),
@@ -185,14 +194,14 @@ def _check(mode: str, scale: str, site: str, strengths: Sequence[float]) -> None
 
 
 def _layers_of(
-    experiment: Experiment, direction: xr.DataArray, layers: int | Sequence[int] | None
+    experiment: Experiment, direction: xr.DataArray, layers: int | Sequence[int] | None, stack: str
 ) -> list[int]:
     if "layer" not in direction.dims:
         if layers is None and "layer" in direction.coords:
             layers = int(direction["layer"])
-        return chosen_layers(experiment, layers)
+        return chosen_layers(experiment, layers, stack)
     held = [int(number) for number in direction["layer"].values]
-    wanted = chosen_layers(experiment, held if layers is None else layers)
+    wanted = chosen_layers(experiment, held if layers is None else layers, stack)
     if missing := [number for number in wanted if number not in held]:
         raise DimensionError(
             f"There is no direction for layer {', '.join(map(str, missing))}; there are {held}.",
@@ -202,14 +211,14 @@ def _layers_of(
 
 
 def _vectors(
-    experiment: Experiment, direction: xr.DataArray, layers: Sequence[int]
+    experiment: Experiment, direction: xr.DataArray, layers: Sequence[int], stack: str
 ) -> tuple[NDArray[np.float64], list[str]]:
     """(layer, name, feature), and the names; one empty name for a direction without."""
-    width = experiment.loaded.anatomy.stack("text").width
+    width = experiment.loaded.anatomy.stack(stack).width
     others = [str(dim) for dim in direction.dims if dim != "layer"]
     if not 1 <= len(others) <= 2 or direction.sizes[others[-1]] != width:
         raise DimensionError(
-            f"This direction is {dict(direction.sizes)}; the model's residual stream has {width} numbers.",
+            f"This direction is {dict(direction.sizes)}; the residual stream has {width} numbers.",
             "Pass ([layer,] [name,] feature) of this model: class_directions(...)['direction'].",
         )
     whole = direction if "layer" in direction.dims else direction.expand_dims(layer=list(layers))
@@ -257,7 +266,7 @@ def _chosen(
 
 
 def _lengths(
-    experiment: Experiment, site: str, layers: Sequence[int], place: str | int, batch_size: int
+    experiment: Experiment, stack: str, site: str, layers: Sequence[int], place: str | int, batch_size: int
 ) -> NDArray[np.float64]:
     """Mean length of the rows at a site, by layer."""
     import torch
@@ -265,8 +274,8 @@ def _lengths(
     total, count = np.zeros(len(layers)), 0
     with torch.no_grad():
         for _, trial in experiment.trials(batch_size, "log_prob"):
-            mask = torch.from_numpy(trial_masks(trial, [place])[0])
-            seen, _ = trial.read([(layer, site) for layer in layers])
+            mask = torch.from_numpy(trial_masks(trial, [place], stack)[0])
+            seen, _ = trial.read([(layer, site) for layer in layers], stack=stack)
             total += [float(seen[layer, site].cpu()[mask].double().norm(dim=-1).sum()) for layer in layers]
             count += int(mask.sum())
     return total / count

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ from mechanistic.store.errors import CaptureError, DataError, ModelError, Specif
 from .answers import option_tokens, to_device
 from .batch import Batch, prepare_batch
 from .dataset import Sample
-from .interventions import ATTENTION_EDITS, Edit, ReplaceRows, intervening
+from .encoder_edits import OverCrops
+from .interventions import ATTENTION_EDITS, Change, Edit, ReplaceRows, intervening
 from .models import LoadedModel
 from .prompts import Inputs
 from .residual import Halves, LayerProbe
@@ -66,6 +69,17 @@ class Trial:
     def width(self) -> int:
         """Decoder tokens of the longest sample."""
         return int(self.inputs["input_ids"].shape[1])
+
+    @property
+    def crops(self) -> list[slice]:
+        """The image encoder's tokens of each sample, all of them counted end to end."""
+        ends = np.cumsum([0, *(len(table["position"]) for table in self.batch.encoder)]).tolist()
+        return [slice(*pair) for pair in pairwise(ends)]
+
+    def edit(self, stack: str, layer: int, site: str, change: Change) -> Edit:
+        """An edit of (copy * sample, token, ...); in an encoder of (copy, token of all samples, ...)."""
+        own = change if stack == "text" else OverCrops(change, self.crops[-1].stop)
+        return Edit(stack, layer, site, own)
 
     def logits(self, edits: Sequence[Edit] = (), copies: int = 1) -> Tensor:
         """Logits (copy * sample, word) of each last prompt token; autograd is as the caller set it.
@@ -118,11 +132,15 @@ class Trial:
         return found.masked_fill(options < 0, float("nan"))
 
     def read(
-        self, sites: Sequence[tuple[int, str]], edits: Sequence[Edit] = (), copies: int = 1
+        self,
+        sites: Sequence[tuple[int, str]],
+        edits: Sequence[Edit] = (),
+        copies: int = 1,
+        stack: str = "text",
     ) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
-        """What (layer, site) of the decoder are in one forward, after the edits, and the logits."""
+        """What (layer, site) are in one forward, after the edits, shaped as in `edit`, and the logits."""
         seen: dict[tuple[int, str], Tensor] = {}
-        keepers = [Edit("text", layer, site, Keep(seen, (layer, site))) for layer, site in sites]
+        keepers = [self.edit(stack, layer, site, Keep(seen, (layer, site))) for layer, site in sites]
         logits = self.logits([*edits, *keepers], copies)
         return seen, logits
 

@@ -25,6 +25,9 @@ GRID = SIDE // PATCH
 HEADS = 4
 # Coordinates of the residual streams.
 BRIGHT, MARK, IS_WORD, ANSWER = range(4)
+# Of the encoder's alone, and its head of `carried_patch`: (layer, head).
+SOURCE, CARRIED = 4, 5
+CARRIES = (1, 2)
 
 
 def one_patch(marked: int = 27, sharpness: float = 0.0) -> LoadedModel:
@@ -53,6 +56,31 @@ def one_patch(marked: int = 27, sharpness: float = 0.0) -> LoadedModel:
         model.lm_head.weight[VOCABULARY["left"], ANSWER] = 1
         model.lm_head.weight[VOCABULARY["right"], ANSWER] = -1
         text.embed_tokens.weight[IMAGE] = 0
+    return loaded
+
+
+def carried_patch(source: int = 12, marked: int = 27) -> LoadedModel:
+    """Where the answer comes from the patch `source`: head `CARRIES` of the encoder moves it to `marked`.
+
+    The other patches get the mean brightness from that head, and the last token reads `marked` alone.
+    """
+    loaded = one_patch(marked, sharpness=40.0)
+    model: Any = loaded.model
+    layer, head = CARRIES
+    own = slice(head * 16, (head + 1) * 16)
+    with torch.no_grad():
+        vision = model.model.vision_tower
+        vision.embeddings.position_embedding.weight[1 + source, SOURCE] = 1
+        carrying = vision.encoder.layers[layer]
+        carrying.layer_norm1 = nn.Identity()
+        attention = carrying.self_attn
+        attention.q_proj.weight[own][0, MARK] = 40.0 * 16**0.5
+        attention.k_proj.weight[own][0, SOURCE] = 1
+        attention.v_proj.weight[own][1, BRIGHT] = 1
+        attention.out_proj.weight[CARRIED, head * 16 + 1] = 1
+        projector = model.model.multi_modal_projector
+        projector.weight[BRIGHT, BRIGHT] = 0
+        projector.weight[BRIGHT, CARRIED] = 1
     return loaded
 
 
