@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .probe_design import ProbeDesign
-from .ridge_folds import FoldMoments
+from .ridge_folds import FoldSums, rough_centre
 
 Floats = NDArray[np.float64]
 Blocks = Callable[[], Iterator[tuple[int, NDArray[Any]]]]
@@ -38,17 +38,19 @@ class Curvature:
     def of(cls, blocks: Blocks, design: ProbeDesign) -> Curvature:
         """From one pass over the rows."""
         share = 1 / min(design.sizes)
-        total: FoldMoments | None = None
+        total: FoldSums | None = None
         for _, block in blocks():
             if len(design.rows) <= block.shape[1]:
                 return cls(None, share)
-            part = FoldMoments.of(block, np.zeros((len(block), 1), np.float32))
+            none = np.zeros((len(block), 1), np.float32)
+            part = FoldSums.of(block, none, total.centre if total else rough_centre(block, none))
             total = part if total is None else total + part
         if total is None:
             return cls(None, share)
-        deviation = np.sqrt(np.diag(total.features) / total.count)
+        products = total.centred()
+        deviation = np.sqrt(np.diag(products) / total.count)
         inverse = (1 / np.where(deviation > 0, deviation, 1)).astype(np.float32)
-        correlations = total.features * inverse * inverse[:, None] / np.float32(total.count)
+        correlations = products * inverse * inverse[:, None] / np.float32(total.count)
         return cls(correlations.astype(np.float32), share)
 
     def scale(self, penalty: Floats, dtype: Any) -> Scale:

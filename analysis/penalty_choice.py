@@ -4,11 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .ridge_folds import Floats, Linear, RidgeProblem
+Floats = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """scores = features @ weights (d, c) + intercept (c)."""
+
+    weights: Floats
+    intercept: Floats
+
+
+class RidgePath(Protocol):
+    """Models trained on some folds, one for each penalty."""
+
+    def squared_error(self, fold: int) -> Floats:
+        """Sum over the rows of a fold of (target - score)^2, for each penalty and target (penalty, c)."""
+        ...
+
+    def pick(self, best: NDArray[np.int64]) -> Linear:
+        """The model that takes target j from the penalty numbered best[j]."""
+        ...
+
+
+class RidgeProblem(Protocol):
+    """Features and targets of one layer, in folds numbered from 0."""
+
+    @property
+    def folds(self) -> int: ...
+
+    def path(self, held_out: Sequence[int], penalties: Sequence[float]) -> RidgePath:
+        """Fit on all but some folds, for each penalty, on features standardised over the rest."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .logistic_folds import fit_logistic_folds
 from .penalty_choice import FoldedFit, fit_folds
 from .probe_design import ProbeDesign, RowLabels
 from .probe_rows import require_finite
-from .ridge_folds import FoldMoments, MomentRidge, RowRidge
+from .ridge_folds import FoldSums, MomentRidge, RowRidge, rough_centre
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,23 @@ class LayerFit:
 
 
 def moments_of_block(
-    block: NDArray[Any], design: ProbeDesign, start: int, layer: int, total: list[list[FoldMoments]] | None
-) -> list[list[FoldMoments]]:
-    """Add the rows of one block to the moments (unit, fold)."""
+    block: NDArray[Any], design: ProbeDesign, start: int, layer: int, total: list[list[FoldSums]] | None
+) -> list[list[FoldSums]]:
+    """Add the rows of one block to the sums (unit, fold)."""
     features = block[0]
     rows = slice(start, start + len(features))
     require_finite(features, design.samples[rows], layer)
-    fold, targets = design.fold[rows], _targets(design, rows)
-    of_fold = [fold == number for number in range(design.folds)]
-    own = [targets[rows] for rows in of_fold]
-    parts = [
-        [FoldMoments.of(features[rows, unit], part) for rows, part in zip(of_fold, own, strict=True)]
-        for unit in range(features.shape[1])
-    ]
-    if total is None:
-        return parts
-    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(total, parts, strict=True)]
+    targets = _targets(design, rows)
+    of_fold = [np.flatnonzero(design.fold[rows] == number) for number in range(design.folds)]
+    sums = []
+    for unit, own in enumerate(features.swapaxes(0, 1)):
+        centre = total[unit][0].centre if total else rough_centre(own, targets)
+        parts = [FoldSums.of(own[rows], targets[rows], centre) for rows in of_fold]
+        sums.append([a + b for a, b in zip(total[unit], parts, strict=True)] if total else parts)
+    return sums
 
 
-def fit_moments(
-    moments: list[list[FoldMoments]], design: ProbeDesign, penalties: tuple[float, ...]
-) -> LayerFit:
+def fit_moments(moments: list[list[FoldSums]], design: ProbeDesign, penalties: tuple[float, ...]) -> LayerFit:
     """Fit one layer from the moments of its units and folds."""
     fits = [fit_folds(MomentRidge(folds), penalties, design.owner) for folds in moments]
     return LayerFit(fits, design.sizes)

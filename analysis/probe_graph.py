@@ -53,9 +53,10 @@ def train_layers(
         )
     numbers = np.asarray(features["layer"].values).tolist()
     shared = delayed(design, traverse=False)
+    pieces = blocked.to_delayed()[:, :, 0, 0]
     predicted, fits = [], []
     for place, number in enumerate(numbers):
-        parts, fit = _layer(blocked[place : place + 1], starts, shared, training, number)
+        parts, fit = _layer(blocked[place : place + 1], pieces[place], starts, shared, training, number)
         fits.append(fit)
         rows = [
             da.from_delayed(
@@ -80,10 +81,10 @@ def row_blocks(values: Any, max_bytes: int) -> tuple[Any, NDArray[np.int64]]:
 
 
 def _layer(
-    layer: Any, starts: NDArray[np.int64], shared: Any, training: Training, number: int
+    layer: Any, own: Any, starts: NDArray[np.int64], shared: Any, training: Training, number: int
 ) -> tuple[list[Any], Any]:
     """Delayed predictions, a block each, and the delayed fit of one layer."""
-    own, penalties = layer.to_delayed()[0, :, 0, 0], training.penalties
+    penalties = training.penalties
     if training.estimator is not None:
         return [delayed(fit_estimator)(own[0], shared, training.estimator, number)], None
     if len(own) == 1:

@@ -14,8 +14,8 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mechanistic.analysis.penalty_choice import fit_folds, fold_pairs
-from mechanistic.analysis.ridge_folds import FoldMoments, MomentRidge, RidgeProblem, RowRidge
+from mechanistic.analysis.penalty_choice import RidgeProblem, fit_folds, fold_pairs
+from mechanistic.analysis.ridge_folds import FoldSums, MomentRidge, RowRidge, rough_centre
 
 PENALTIES = (0.01, 0.3, 5.0)
 FOLDS = 5
@@ -31,48 +31,51 @@ def problem(rows: int, width: int, classes: int = 3, labellings: int = 2) -> tup
 
 
 def both(features: Any, targets: Any, fold: Any) -> list[RidgeProblem]:
-    moments = [FoldMoments.of(features[fold == k], targets[fold == k]) for k in range(FOLDS)]
-    return [MomentRidge(moments), RowRidge(features, targets, fold, FOLDS)]
+    centre = rough_centre(features[fold == 0], targets[fold == 0])
+    parts = [FoldSums.of(features[fold == k], targets[fold == k], centre) for k in range(FOLDS)]
+    return [MomentRidge(parts), RowRidge(features, targets, fold, FOLDS)]
 
 
 def reference(features: Any, targets: Any, penalty: float) -> Any:
     return make_pipeline(StandardScaler(), Ridge(penalty * len(features))).fit(features, targets)
 
 
-def test_moments__by_hand() -> None:
+def test_sums__by_hand() -> None:
     features = np.array([[1.0, 0.0], [3.0, 4.0]], np.float32)
-    moments = FoldMoments.of(features, np.array([[1.0], [-1.0]], np.float32))
-    assert moments.count == 2
-    assert moments.feature_mean.tolist() == [2, 2]
-    assert np.triu(moments.features).tolist() == [[2, 4], [0, 8]]
-    assert moments.cross.tolist() == [[-2], [-4]]
-    assert moments.targets.tolist() == [2]
+    targets = np.array([[1.0], [-1.0]], np.float32)
+    sums = FoldSums.of(features, targets, (np.array([1.0, 1.0]), np.array([0.0])))
+    assert sums.count == 2
+    assert sums.feature_sum.tolist() == [2, 2]
+    assert sums.target_sum.tolist() == [0]
+    assert np.triu(sums.features).tolist() == [[4, 6], [0, 10]]
+    assert np.triu(sums.centred()).tolist() == [[2, 4], [0, 8]]
+    assert sums.cross.tolist() == [[-2], [-4]]
+    assert sums.targets.tolist() == [2]
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.lists(st.integers(0, 60), max_size=5))
-def test_moments__of_parts_add_up(cuts: list[int]) -> None:
+def test_sums__of_parts_add_up(cuts: list[int]) -> None:
     features, targets, _ = problem(60, 8)
-    edges = [0, *sorted(cuts), 60]
-    parts = [FoldMoments.of(features[a:b], targets[a:b]) for a, b in pairwise(edges)]
-    total, whole = reduce(lambda a, b: a + b, parts), FoldMoments.of(features, targets)
+    edges, centre = [0, *sorted(cuts), 60], rough_centre(features[:7], targets[:7])
+    parts = [FoldSums.of(features[a:b], targets[a:b], centre) for a, b in pairwise(edges)]
+    total, whole = reduce(lambda a, b: a + b, parts), FoldSums.of(features, targets, centre)
     assert total.count == 60
-    for name in ("feature_mean", "target_mean", "features", "cross", "targets"):
-        of_parts, of_whole = (np.asarray(getattr(moments, name)) for moments in (total, whole))
+    for name in ("feature_sum", "target_sum", "features", "cross", "targets"):
+        of_parts, of_whole = (np.asarray(getattr(sums, name)) for sums in (total, whole))
         if name == "features":
             of_parts, of_whole = np.triu(of_parts), np.triu(of_whole)
         np.testing.assert_allclose(of_parts, of_whole, rtol=2e-4, atol=2e-3)
 
 
-def test_moments__survive_massive_activations() -> None:
+def test_sums__survive_massive_activations() -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 6)).astype(np.float32)
     features[:, 2] += 2500
-    moments = FoldMoments.of(features[:150], features[:150, :1]) + FoldMoments.of(
-        features[150:], features[150:, :1]
-    )
+    centre = rough_centre(features[:150], features[:150, :1])
+    first, second = (FoldSums.of(part, part[:, :1], centre) for part in (features[:150], features[150:]))
     expected = np.cov(features.astype(np.float64).T, bias=True) * 400
-    np.testing.assert_allclose(np.triu(moments.features), np.triu(expected), atol=0.05)
+    np.testing.assert_allclose(np.triu((first + second).centred()), np.triu(expected), atol=0.05)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(80, 10), (24, 40)])
