@@ -23,6 +23,7 @@ def attention_concentration(
     *,
     k: int = 5,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
@@ -35,6 +36,7 @@ def attention_concentration(
     *,
     k: int = 5,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
@@ -47,7 +49,7 @@ def attention_concentration(
     attention
         A run (weights are rebuilt from q and k, or else attn_stats read), a Dataset with attention_pattern
         (..., key), or a plain array or tensor (..., key), for which a numpy array (...) comes back.
-    stack, tokens, layer, sample, max_bytes
+    stack, cross, tokens, layer, sample, max_bytes
         For a run, which rows: see `attention_statistics`.
 
     Returns
@@ -68,6 +70,7 @@ def attention_concentration(
             attention,
             [statistic],
             stack=stack,
+            cross=cross,
             tokens=tokens,
             layer=layer,
             sample=sample,

@@ -27,6 +27,7 @@ def attention_entropy(
     *,
     normalize: bool = False,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
@@ -39,6 +40,7 @@ def attention_entropy(
     *,
     normalize: bool = False,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
@@ -57,7 +59,7 @@ def attention_entropy(
         a numpy array (...) comes back; there n counts the keys that are not exactly 0.
     normalize
         Divide by log n. In a layer with attention sinks, p is then divided by its sum first.
-    stack, tokens, layer, sample, max_bytes
+    stack, cross, tokens, layer, sample, max_bytes
         For a run, which rows: see `attention_statistics`.
 
     Returns
@@ -83,6 +85,7 @@ def attention_entropy(
             attention,
             [statistic],
             stack=stack,
+            cross=cross,
             tokens=tokens,
             layer=layer,
             sample=sample,

@@ -21,6 +21,7 @@ def attention_mass(
     run: xr.DataTree,
     *,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
@@ -30,7 +31,7 @@ def attention_mass(
 
     Parameters
     ----------
-    stack, tokens, layer, sample, max_bytes
+    stack, cross, tokens, layer, sample, max_bytes
         Which rows: see `attention_statistics`.
 
     Returns
@@ -47,7 +48,14 @@ def attention_mass(
     DataError         see `attention_statistics`.
     """
     return attention_statistics(
-        run, [mass_statistic()], stack=stack, tokens=tokens, layer=layer, sample=sample, max_bytes=max_bytes
+        run,
+        [mass_statistic()],
+        stack=stack,
+        cross=cross,
+        tokens=tokens,
+        layer=layer,
+        sample=sample,
+        max_bytes=max_bytes,
     )
 
 

@@ -46,7 +46,7 @@ def attention_pattern(
         The query rows: a selection such as ``"last"`` or ``"'?'"`` (see `select_tokens`), one position within
         the sample, which drops the dimension, or None for every captured row.
     cross
-        The stack's cross-attention, from xq and xk: the keys are tokens of the image encoder.
+        The stack's cross-attention, from xq and xk or xpattern: the keys are tokens of the image encoder.
 
     Returns
     -------
@@ -62,9 +62,9 @@ def attention_pattern(
     DataError           the sample has no such rows, its keys are not complete, or (when computed) not finite.
     """
     tokens = f"@{_position(query)}" if isinstance(query, int | np.integer) else query
-    rebuilt = partial(_rebuilt_rows, cross=cross)
-    rows = stored_rows if not cross and only_stored(run, stack) else rebuilt
-    values, queries, keys = rows(run, stack=stack, sample=_one(sample), layer=layer, head=head, tokens=tokens)
+    rows = stored_rows if only_stored(run, stack, cross=cross) else _rebuilt_rows
+    chosen: dict[str, Any] = {"sample": _one(sample), "layer": layer, "head": head, "tokens": tokens}
+    values, queries, keys = rows(run, stack=stack, cross=cross, **chosen)
     attrs = {"units": "1", "long_name": "attention weight", **values.attrs}
     pattern = values.assign_attrs(attrs).to_dataset(name=PATTERN)
     pattern = pattern.assign_coords(_prefixed(queries, "query") | _prefixed(keys, "key"))

@@ -67,6 +67,7 @@ def attention_statistics(
     statistics: Sequence[RowStatistic],
     *,
     stack: str = "text",
+    cross: bool = False,
     tokens: str | None = None,
     layer: int | Sequence[int] | None = None,
     sample: int | Sequence[int] | None = None,
@@ -78,6 +79,8 @@ def attention_statistics(
 
     Parameters
     ----------
+    cross
+        Rows of the stack's cross-attention, from xq and xk, or else xattn_stats.
     tokens
         Query rows to keep, such as ``"last"`` (see `select_tokens`); keys are always complete.
     layer, sample
@@ -95,10 +98,11 @@ def attention_statistics(
         see `attention_inputs` and `align_blocks`; also when computed, naming sample and layer, if q or k are
         not finite there.
     """
-    if only_statistics(run, stack):
+    if only_statistics(run, stack, cross=cross):
         wanted = {name: attrs for statistic in statistics for name, attrs in statistic.variables.items()}
-        return stored_statistics(run, wanted, stack=stack, tokens=tokens, layer=layer, sample=sample)
-    inputs = attention_inputs(run, stack=stack, tokens=tokens, layer=layer, sample=sample)
+        chosen: dict[str, Any] = {"tokens": tokens, "layer": layer, "sample": sample}
+        return stored_statistics(run, wanted, stack=stack, cross=cross, **chosen)
+    inputs = attention_inputs(run, stack=stack, cross=cross, tokens=tokens, layer=layer, sample=sample)
     blocks = align_blocks(inputs.query[inputs.query_name], inputs.key[inputs.key_name], max_bytes=max_bytes)
     names = [name for statistic in statistics for name in statistic.variables]
     kernel = partial(
@@ -128,7 +132,8 @@ def _labelled(
     variables = {
         name: (("layer", axis, "head"), stacked[..., place], attrs[name]) for place, name in enumerate(names)
     }
-    dataset = xr.Dataset(variables, coords, {**provenance, "computed_from": "q and k"})
+    computed_from = f"{inputs.query_name} and {inputs.key_name}"
+    dataset = xr.Dataset(variables, coords, {**provenance, "computed_from": computed_from})
     # Labels are cut like the results, so that the Dataset has one chunking.
     return dataset.chunk({axis: stacked.chunks[1]})
 

@@ -15,10 +15,10 @@ from .attention_inputs import select_rows
 from .token_selection import head_places, select_layers
 
 
-def only_stored(run: xr.DataTree, stack: str) -> bool:
+def only_stored(run: xr.DataTree, stack: str, *, cross: bool = False) -> bool:
     """Whether a run has rows of attention, but not the q and k to rebuild them from."""
-    held = set(sites(run))
-    return f"{stack}/pattern" in held and not {f"{stack}/q", f"{stack}/k"} <= held
+    held, mark = set(sites(run)), "x" if cross else ""
+    return f"{stack}/{mark}pattern" in held and not {f"{stack}/{mark}q", f"{stack}/{mark}k"} <= held
 
 
 def stored_rows(
@@ -29,6 +29,7 @@ def stored_rows(
     layer: int | Sequence[int] | None,
     head: int | Sequence[int] | None,
     tokens: str | None,
+    cross: bool = False,
 ) -> tuple[xr.DataArray, xr.Dataset, xr.Dataset]:
     """The rows of one sample (layer, query, head, key), lazy, and the labels of its queries and of its keys.
 
@@ -38,12 +39,14 @@ def stored_rows(
     SpecificationError  a layer, head or token selection that it does not hold.
     DataError           the sample has no such rows.
     """
-    rows = select_rows(site(run, f"{stack}/pattern_rows"), tokens, sample)
-    held = select_layers(site(run, f"{stack}/pattern"), layer)
-    weights = held["pattern"]
+    name = "xpattern" if cross else "pattern"
+    rows = select_rows(site(run, f"{stack}/{name}_rows"), tokens, sample)
+    held = select_layers(site(run, f"{stack}/{name}"), layer)
+    weights = held[name]
     if head is not None:
         weights = weights.isel(head=head_places(weights["head"], head))
-    table = group(run, f"tokens/{stack.partition('_')[0]}")
+    # The keys of cross-attention are in no table of tokens.
+    table = group(run, f"{stack}/{name}_keys" if cross else f"tokens/{stack.partition('_')[0]}")
     axis = str(table["sample_index"].dims[0])
     keys = table.isel({axis: np.flatnonzero(table["sample_index"].values == sample)})
     places = zip(*(rows[name].values.tolist() for name in ("start", "length", "key_start")), strict=True)

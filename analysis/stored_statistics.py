@@ -14,10 +14,11 @@ from .attention_inputs import select_rows
 from .token_selection import select_layers
 
 
-def only_statistics(run: xr.DataTree, stack: str) -> bool:
+def only_statistics(run: xr.DataTree, stack: str, *, cross: bool = False) -> bool:
     """Whether a run has numbers of attention rows, but not the q and k to compute any others from."""
-    held = set(sites(run))
-    return f"{stack}/attn_stats" in held and not {f"{stack}/q", f"{stack}/k"} <= held
+    held, mark = set(sites(run)), "x" if cross else ""
+    both = {f"{stack}/{mark}q", f"{stack}/{mark}k"}
+    return f"{stack}/{mark}attn_stats" in held and not both <= held
 
 
 def stored_statistics(
@@ -28,6 +29,7 @@ def stored_statistics(
     tokens: str | None,
     layer: int | Sequence[int] | None,
     sample: int | Sequence[int] | None,
+    cross: bool = False,
 ) -> xr.Dataset:
     """The variables called as in `wanted`, if they mean what it says they do; rows as stored, lazy.
 
@@ -38,18 +40,20 @@ def stored_statistics(
     SpecificationError  a layer or token selection that it does not hold.
     DataError           no such rows.
     """
-    stored = site(run, f"{stack}/attn_stats")
+    mark = "x" if cross else ""
+    stored = site(run, f"{stack}/{mark}attn_stats")
     odd = [name for name, attrs in wanted.items() if not _agrees(stored, name, attrs)]
     if odd:
         held = [_named(stored, str(name)) for name in stored.data_vars]
         asked = ", ".join(name + _parameters(wanted[name]) for name in odd)
         raise MissingSiteError(
-            f"{stack}/attn_stats has no {asked}; it has {', '.join(held)}, and there are no q and k here.",
-            f"Capture the attention itself: --sites '{stack}.*.q[text]' '{stack}.*.k[all]'.",
+            f"{stack}/{mark}attn_stats has no {asked}; it has {', '.join(held)}, and there are no {mark}q "
+            f"and {mark}k here.",
+            f"Capture the attention itself: --sites '{stack}.*.{mark}q' '{stack}.*.{mark}k[all]'.",
         )
     rows = select_rows(select_layers(stored[list(wanted)], layer), tokens, sample)
     kept = {key: stored.attrs[key] for key in ("stack", "tokens") if key in stored.attrs}
-    rows.attrs = {**kept, "computed_from": "attn_stats"}
+    rows.attrs = {**kept, "computed_from": f"{mark}attn_stats"}
     return rows
 
 

@@ -21,9 +21,9 @@ sites: what to keep, as stack.layers.site{{heads}}[tokens]:dtype
   layers   * for all, 5, 8-20, 0+3+8-10; layer 5 is the one with index 5, counted from 0
   site     {", ".join(RESIDUAL_SITES)}: the residual stream and what adds to it
            {", ".join(ATTENTION_SITES)}: queries and keys after rotary positions, values, head outputs
-           {", ".join(CROSS_SITES)}: the same of layers that attend to the tokens of the image encoder
            attn_stats: entropy, strongest keys and mass by kind of each query's attention row
            pattern: the rows themselves; q and k, from which they are rebuilt, are far smaller
+           {", ".join(CROSS_SITES)}: the same of layers that read the image encoder's tokens
   heads    {{0+3}}, {{4-7}}; absent: all
   tokens   {", ".join(TOKENS)}, joined with +; absent: all
            text is everything that is not an image token; last is the last prompt token

@@ -230,8 +230,7 @@ class AttentionWatch:
         self.collector.take(stack, layer, f"{cross}k", call.key.transpose(1, 2))
         self.collector.take(stack, layer, f"{cross}v", call.value.transpose(1, 2))
         self.collector.take(stack, layer, f"{cross}z", call.output)
-        if not cross:
-            self.row_sites.take(stack, layer, call, self.rules[name][layer])
+        self.row_sites.take(name, layer, call, self.rules[name][layer])
 
     def _check(self, call: AttentionCall, stack: str, layer: int) -> None:
         rule = self.rules[stack][layer]

@@ -65,7 +65,12 @@ class ResolvedSite:
     @property
     def label_group(self) -> str:
         """The group that holds the labels of the site's rows."""
-        return f"{self.group}_rows" if self.spec.site == "pattern" else self.group
+        return f"{self.group}_rows" if self.spec.kind == "pattern" else self.group
+
+    @property
+    def key_group(self) -> str | None:
+        """The group that holds the labels of the keys, of a pattern whose keys are in no table of tokens."""
+        return f"{self.group}_keys" if self.spec.site == "xpattern" else None
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -78,13 +83,13 @@ class ResolvedSite:
     def arrays(self) -> tuple[ArraySchema, ...]:
         """The arrays of the site's group, (layer, row, ...), without its labels."""
         layers = len(self.layers)
-        if self.spec.site == "attn_stats":
+        if self.spec.kind == "attn_stats":
             assert self.heads is not None
             return statistics_arrays(layers, self.axis, len(self.heads))
-        if self.spec.site == "pattern":
+        if self.spec.kind == "pattern":
             assert self.heads is not None
             sizes = {"layer": layers, "head": len(self.heads)}
-            return (ArraySchema("pattern", ("layer", ENTRY, "head"), self.dtype, sizes, PATTERN_UNITS),)
+            return (ArraySchema(self.name, ("layer", ENTRY, "head"), self.dtype, sizes, PATTERN_UNITS),)
         names = ("d_model",) if self.heads is None else (self._head, "d_head")
         inner = dict(zip(names, self.row_shape, strict=True))
         dims = ("layer", self.axis, *inner)
@@ -109,7 +114,7 @@ class ResolvedSite:
         # Rows along `sample` are those of samples/, and need no labels of their own.
         labels = () if self.axis == "sample" else token_columns("patch" if self.axis == "patch" else "token")
         if self.spec.table == "xk":
-            labels += (ArraySchema("first_query", (self.axis,), "int32", attrs=FIRST_QUERY),)
+            labels = _key_labels()
         described = {
             "site": self.spec.site,
             "stack": self.stack.name,
@@ -117,21 +122,28 @@ class ResolvedSite:
             "source_dtype": self.source_dtype,
             **attrs,
         }
-        if self.spec.site != "pattern":
+        if self.spec.kind != "pattern":
             return (GroupSchema(self.group, self.axis, (*self.arrays, *labels), described, coords),)
         places = tuple(
             ArraySchema(name, (self.axis,), dtype, attrs=self._place_attrs(name, meaning))
             for name, (dtype, meaning) in PATTERN_PLACES.items()
         )
         own = {key: described[key] for key in ("stack", "tokens")}
-        return (
+        groups = (
             GroupSchema(self.group, ENTRY, self.arrays, described, coords),
             GroupSchema(self.label_group, self.axis, (*places, *labels), own),
         )
+        if self.key_group is None:
+            return groups
+        return (*groups, GroupSchema(self.key_group, "patch", _key_labels(), {"stack": self.stack.name}))
 
     def _place_attrs(self, name: str, meaning: str) -> dict[str, str]:
         pointer = {"points_into": self.group} if name == "start" else {}
         return {"long_name": meaning, **pointer}
+
+
+def _key_labels() -> tuple[ArraySchema, ...]:
+    return (*token_columns("patch"), ArraySchema("first_query", ("patch",), "int32", attrs=FIRST_QUERY))
 
 
 def resolve_sites(specs: Sequence[SiteSpec], anatomy: Anatomy, dtype: str) -> tuple[ResolvedSite, ...]:

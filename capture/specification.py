@@ -28,10 +28,10 @@ STACKS = ("text", "vision", "vision_global", "qformer")
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 ATTENTION_SITES = ("q", "k", "v", "z")
 # Cross-attention: queries of the stack itself, keys and values of the tokens that it reads.
-CROSS_SITES = ("xq", "xk", "xv", "xz")
+CROSS_SITES = ("xq", "xk", "xv", "xz", "xattn_stats", "xpattern")
 # Made of whole attention rows; their tokens are the queries.
-ROW_SITES = ("attn_stats", "pattern")
-SITES = RESIDUAL_SITES + ATTENTION_SITES + CROSS_SITES + ROW_SITES
+ROW_SITES = ("attn_stats", "pattern", "xattn_stats", "xpattern")
+SITES = (*RESIDUAL_SITES, *ATTENTION_SITES, "attn_stats", "pattern", *CROSS_SITES)
 KV_SITES = ("k", "v", "xk", "xv")
 ROLES = ("subject", "object", "relation", "option", "last")
 TOKENS = ("all", "text", "image", "answer", *ROLES)
@@ -125,15 +125,14 @@ class SiteSpec:
         tokens = _canonical_tokens((match["tokens"] or "all").split("+"), stack, site, text)
         if dtype is not None:
             _require(dtype, DTYPES, "dtype", text)
-        if site == "attn_stats" and dtype not in (None, "float32"):
+        if site.endswith("attn_stats") and dtype not in (None, "float32"):
             raise SpecificationError(
-                f"attn_stats are float32, not {dtype} (in '{text}').", "Drop the dtype of this site."
+                f"{site} are float32, not {dtype} (in '{text}').", "Drop the dtype of this site."
             )
         if match["heads"] is not None and site in RESIDUAL_SITES:
             raise SpecificationError(
                 f"The site '{site}' in '{text}' has no heads.",
-                f"Select heads of {', '.join(ATTENTION_SITES + CROSS_SITES + ROW_SITES)} only; "
-                f"drop {{{match['heads']}}}.",
+                f"Select heads of {', '.join(SITES[len(RESIDUAL_SITES) :])} only; drop {{{match['heads']}}}.",
             )
         return cls(
             stack, Numbers.parse(match["layers"]), site, Numbers.parse(match["heads"] or "*"), tokens, dtype
@@ -151,6 +150,11 @@ class SiteSpec:
         if self.site in CROSS_SITES:
             return "xk" if self.site in KV_SITES else "xq"
         return "vision" if self.stack.startswith("vision") else self.stack
+
+    @property
+    def kind(self) -> str:
+        """The site's name without the mark of cross-attention: ``xq`` is of kind ``q``."""
+        return self.site.removeprefix("x")
 
     def layer_numbers(self, count: int) -> tuple[int, ...]:
         """The layers meant, in a stack of `count` layers (SpecificationError if one does not exist)."""

@@ -67,7 +67,7 @@ def specs(draw: st.DrawFn) -> SiteSpec:
         site,
         Numbers(draw(numbers)) if site in ATTENTION_SITES else Numbers(),
         ("all",) if "all" in chosen else tuple(name for name in known if name in chosen),
-        draw(st.none() | st.sampled_from(["float32"] if site == "attn_stats" else DTYPES)),
+        draw(st.none() | st.sampled_from(["float32"] if site.endswith("attn_stats") else DTYPES)),
     )
 
 
