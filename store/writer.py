@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 
 from .differences import differences
 from .disk import full_disk, needed
+from .draft import create_root, names_of, new_draft, sync_all
 from .errors import OutputExistsError, StoreError
-from .growing import GrowingArray, Threads, create_array, dimensions
+from .growing import GrowingArray, Threads, dimensions
 from .lock import locked, release_lock, take_lock
 from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
-from .schema import FORMAT, FORMAT_VERSION, GroupSchema
+from .schema import GroupSchema
 
 
 class RunWriter:
@@ -53,18 +53,19 @@ class RunWriter:
     ) -> RunWriter:
         """Start a run of `samples` samples. OutputExistsError when `path` holds anything."""
         path = Path(path)
-        draft = _draft(path)
+        draft = new_draft(path)
         lock = take_lock(draft)
         run_id = str(attributes.get("run_id", secrets.token_hex(8)))
         manifest = Manifest(run_id=run_id, expected=samples)
         try:
             with full_disk(path):
-                _create_root(draft, manifest, attributes, groups)
+                create_root(draft, manifest, attributes, groups)
             try:
                 draft.rename(path)
             except OSError:
                 # Another process was quicker; a full disk fails before.
                 raise locked(path) from None
+            sync(path.parent)
             return cls(path, manifest, lock)
         except BaseException:
             lock.close()
@@ -129,7 +130,7 @@ class RunWriter:
             shutil.rmtree(self.path / group, ignore_errors=True)
             root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
             node = root.create_group(
-                group, attributes={**(attrs or {}), "coordinates": _names(dataset.coords)}
+                group, attributes={**(attrs or {}), "coordinates": names_of(dataset.coords)}
             )
             files = dict(self.manifest.files)
             for name, variable in dataset.variables.items():
@@ -143,11 +144,10 @@ class RunWriter:
                     attributes=dict(variable.attrs),
                 )
                 array[...] = variable.values.astype("T") if string else variable.values
+            sync_all(self.path / group)
             for file in sorted((self.path / group).rglob("*")):
-                if file.is_file():
-                    sync(file)
-                    if file.name != "zarr.json":
-                        files[file.relative_to(self.path).as_posix()] = file_entry(file)
+                if file.is_file() and file.name != "zarr.json":
+                    files[file.relative_to(self.path).as_posix()] = file_entry(file)
             axes = {**self.manifest.axes, group: None}
             self.manifest = replace(self.manifest, files=files, axes=axes)
 
@@ -237,57 +237,10 @@ class RunWriter:
             yield from arrays.values()
 
 
-def _names(coords: Any) -> str:
-    return " ".join(sorted(str(name) for name in coords))
-
-
-def _create_root(
-    draft: Path, manifest: Manifest, attributes: Mapping[str, Any], groups: Sequence[GroupSchema]
-) -> None:
-    root = zarr.create_group(str(draft), zarr_format=3)
-    stamp = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "run_id": manifest.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    root.attrs.update({**stamp, **attributes})
-    for group in groups:
-        _create_group(root, group)
-        manifest.axes[group.path] = group.axis
-        manifest.rows[group.path] = 0
-    manifest.write(draft)
-
-
-def _create_group(root: zarr.Group, schema: GroupSchema) -> None:
-    tokens = schema.axis in ("token", "patch") and not schema.path.startswith("tokens/")
-    labels = [a.name for a in schema.arrays if tokens and a.dims == (schema.axis,)]
-    group = root.require_group(schema.path)
-    group.attrs.update({**schema.attrs, "coordinates": " ".join(sorted([*labels, *schema.coords]))})
-    for array in schema.arrays:
-        create_array(group, array, schema.axis)
-    for name, values in schema.coords.items():
-        stored = group.create_array(
-            name, shape=values.shape, chunks=values.shape, dtype=values.dtype, dimension_names=[name]
-        )
-        stored[...] = values
-
-
 def _open_group(path: Path, axis: str, rows: int, threads: Threads) -> dict[str, GrowingArray]:
     group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
     growing = [name for name, array in group.arrays() if axis in dimensions(array)]
     return {name: GrowingArray(path / name, axis, rows, threads) for name in growing}
-
-
-def _draft(path: Path) -> Path:
-    """A folder beside `path`: the run appears under its own name only when its metadata is whole."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputExistsError(
-            f"{path} already exists.", "Choose another output folder, or remove this one."
-        )
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    draft.mkdir(parents=True)
-    return draft
 
 
 def file_entry(file: Path) -> tuple[int, int]:

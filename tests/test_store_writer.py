@@ -17,6 +17,7 @@ from mechanistic.store import ArraySchema, GroupSchema, RunWriter, open_run, rea
 from mechanistic.store.errors import DiskFullError, OutputExistsError, StoreError
 from mechanistic.store.info import human_bytes
 from mechanistic.store.layout import layout
+from mechanistic.store.manifest import sync
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -116,6 +117,23 @@ def test_writer__create_refuses_an_occupied_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="already exists"):
         RunWriter.create(tmp_path, small_run.ATTRIBUTES, small_run.groups(), samples=1)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_writer__what_a_new_run_is_made_of_is_on_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+
+    def noted(path: Path) -> None:
+        assert not (tmp_path / "run").exists()
+        synced.add(path.relative_to(tmp_path).as_posix().partition("/")[2])
+        sync(path)
+
+    monkeypatch.setattr("mechanistic.store.draft.sync", noted)
+    with RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, small_run.groups(), samples=1):
+        held = {node.relative_to(tmp_path / "run").as_posix() for node in (tmp_path / "run").rglob("*")}
+        assert {name for name in held if name.endswith("zarr.json")}
+        assert held <= synced
 
 
 def test_writer__never_casts(tmp_path: Path) -> None:

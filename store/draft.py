@@ -1,0 +1,74 @@
+"""A new run, made whole in a folder beside its own: it appears under its name, metadata and all, or not."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from .errors import OutputExistsError
+from .growing import WRITERS, create_array
+from .manifest import Manifest, sync
+from .schema import FORMAT, FORMAT_VERSION, GroupSchema
+
+
+def new_draft(path: Path) -> Path:
+    """A folder beside `path`: the run appears under its own name only when its metadata is whole."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputExistsError(
+            f"{path} already exists.", "Choose another output folder, or remove this one."
+        )
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    draft.mkdir(parents=True)
+    return draft
+
+
+def create_root(
+    draft: Path, manifest: Manifest, attributes: Mapping[str, Any], groups: Sequence[GroupSchema]
+) -> None:
+    """Write the metadata of every group, and a manifest of nothing."""
+    root = zarr.create_group(str(draft), zarr_format=3)
+    stamp = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "run_id": manifest.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    root.attrs.update({**stamp, **attributes})
+    for group in groups:
+        _create_group(root, group)
+        manifest.axes[group.path] = group.axis
+        manifest.rows[group.path] = 0
+    manifest.write(draft)
+    # Before the folder gets its name: what is there under that name outlasts a loss of power.
+    sync_all(draft)
+
+
+def sync_all(folder: Path) -> None:
+    """fsync a new folder and everything in it, in threads: the disk takes what waits for it together."""
+    with ThreadPoolExecutor(WRITERS) as threads:
+        list(threads.map(sync, [folder, *folder.rglob("*")]))
+
+
+def _create_group(root: zarr.Group, schema: GroupSchema) -> None:
+    tokens = schema.axis in ("token", "patch") and not schema.path.startswith("tokens/")
+    labels = [a.name for a in schema.arrays if tokens and a.dims == (schema.axis,)]
+    group = root.require_group(schema.path)
+    group.attrs.update({**schema.attrs, "coordinates": " ".join(sorted([*labels, *schema.coords]))})
+    for array in schema.arrays:
+        create_array(group, array, schema.axis)
+    for name, values in schema.coords.items():
+        stored = group.create_array(
+            name, shape=values.shape, chunks=values.shape, dtype=values.dtype, dimension_names=[name]
+        )
+        stored[...] = values
+
+
+def names_of(coords: Iterable[Any]) -> str:
+    """The attribute `coordinates` of a group, by which xarray knows them."""
+    return " ".join(sorted(str(name) for name in coords))
