@@ -7,9 +7,10 @@ code, which sees its usual call. Only logits of the last prompt tokens are compu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +34,8 @@ class ResumedForward:
     """How a model's decoder is started in its middle; made and proven by `prove_resumed_forward`.
 
     `image_layers`: image features still enter the stream at the inputs of layers up to this one (Qwen3-VL's
-    deep-stack), so that a forward that starts below needs the images. `tuples`: layers return tuples.
+    deep-stack), so that a forward that starts below needs the images. `reads_images`: all do, because layers
+    attend to the images themselves, or the model takes no call without. `tuples`: layers return tuples.
     `error`: by how much the logits of a resumed forward missed those of a plain one, as a share of the
     largest, at each layer.
     """
@@ -42,10 +44,11 @@ class ResumedForward:
     image_layers: int
     tuples: bool
     error: tuple[float, ...] = ()
+    reads_images: bool = False
 
     def needs_images(self, layer: int) -> bool:
         """Whether a forward from this layer on sees the images."""
-        return layer < self.image_layers
+        return self.reads_images or layer < self.image_layers
 
     def logits(self, inputs: Inputs, last: Tensor, layer: int, hidden: Tensor) -> Tensor:
         """Logits (sample, word), float32, at each sample's last prompt token; autograd as the caller set it.
@@ -126,7 +129,7 @@ def prove_resumed_forward(loaded: LoadedModel, inputs: Inputs, last: Tensor) -> 
     ]
     tuples = not isinstance(left[0], Tensor)
     # What enters at that layer's input or below is in the states that a forward is resumed from there with.
-    resumed = ResumedForward(loaded, max(broken, default=0), tuples)
+    resumed = ResumedForward(loaded, max(broken, default=0), tuples, reads_images=_reads_images(loaded))
     states = [*entered, first_tensor(left[-1])]
     errors = []
     with torch.no_grad():
@@ -134,7 +137,14 @@ def prove_resumed_forward(loaded: LoadedModel, inputs: Inputs, last: Tensor) -> 
             got = resumed.logits(inputs, last, number, hidden)
             errors.append(float((got - plain).abs().max() / plain.abs().max().clamp_min(1e-30)))
     check_error(max(errors), loaded.dtype, f"{loaded.name}: a forward resumed in the middle")
-    return ResumedForward(loaded, resumed.image_layers, tuples, tuple(errors))
+    return replace(resumed, error=tuple(errors))
+
+
+def _reads_images(loaded: LoadedModel) -> bool:
+    """Whether a forward needs the images at whatever layer it starts."""
+    parameters = inspect.signature(loaded.model.forward).parameters.values()
+    insists = any(each.name.startswith("pixel_") and each.default is each.empty for each in parameters)
+    return insists or bool(loaded.anatomy.stack("text").attending(cross=True))
 
 
 def check_error(error: float, dtype: str, what: str) -> None:
@@ -190,7 +200,7 @@ def joined_inputs(
         parts = [each[name] for each in samples]
         if is_token_like(samples[0], name):
             parts = [_padded(part, width, fill.get(name, 0)) for part in parts]
-        elif len({part.shape[1:] for part in parts}) > 1:
+        if len({part.shape[1:] for part in parts}) > 1:
             raise CaptureError(
                 f"The samples' {name} have shapes {sorted({tuple(part.shape[1:]) for part in parts})}.",
                 "They cannot be asked together: use batch_size=1.",
