@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 # Bytes of known states that are held at a time.
-MAX_BYTES = 256 << 20
+MAX_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class PatchGrid:
             pairs = owner[where]
             clean, corrupt = (each[pairs] for each in self.ends.tokens)
             measured = measure(self.metric, logits, clean, corrupt, self.ends.reference[pairs])
-            return {"patch": np.arange(len(patches))[where], "patched": measured.cpu().numpy()}
+            return {"patch": np.array(where), "patched": measured.cpu().numpy()}
 
         while done < len(patches):
             found = step(compute, of="patch")
@@ -108,6 +108,6 @@ def _chunks(sweep: PatchSweep, plan: PatchPlan, pairs: SamplePairs) -> Iterator[
     longest = max(len(each.table(plan.stack)[0]["position"]) for each in sweep.questions.values())
     own = sweep.loaded.anatomy.stack(plan.stack)
     row = 4 * max(own.width, own.heads * longest if PATTERN in plan.sites else 0)
-    size = max(1, MAX_BYTES // (2 * longest * row * sweep.kept_layers))
+    size = max(1, MAX_BYTES // (longest * (2 * row * sweep.kept_layers + sweep.kept_keys)))
     for first in range(0, len(pairs), size):
         yield range(first, min(first + size, len(pairs)))

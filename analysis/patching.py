@@ -156,6 +156,7 @@ def _prepare(
     require_model_libraries()
     from mechanistic.capture.given import given_model
     from mechanistic.capture.known_states import RecordedStates, StoredStates, require_same_model
+    from mechanistic.capture.later_tokens import find_later_tokens
     from mechanistic.capture.pair_metrics import PAIR_METRICS, pair_answers
     from mechanistic.capture.patch_sweep import PatchSweep
     from mechanistic.capture.proof import prove
@@ -179,7 +180,8 @@ def _prepare(
         states = StoredStates(run, depth, resumed.image_layers, partial(pattern_source, run))
     found = [(questions[int(a)], questions[int(b)]) for a, b in zip(pairs.clean, pairs.corrupt, strict=True)]
     answers = None if metric == "kl" else pair_answers(loaded, found)
-    return PatchSweep(loaded, resumed, states, questions, halves, batch_size), answers
+    later = find_later_tokens(resumed, first.inputs)
+    return PatchSweep(loaded, resumed, states, questions, halves, batch_size, later), answers
 
 
 def _tokens(batch: Any, sites: str | Sequence[str]) -> Tokens:
@@ -194,7 +196,10 @@ def _prove(sweep: PatchSweep, plan: PatchPlan, pairs: SamplePairs, recompute: bo
         for layer in plan.layers:
             sweep.require(plan.stack, site, layer)
     starts = [sweep.start(plan.stack, site, layer) for site in plan.sites for layer in plan.layers]
-    proof: dict[str, Any] = {"resumed_forward_error": max(sweep.resumed.error)}
+    proof: dict[str, Any] = {
+        "resumed_forward_error": max(sweep.resumed.error),
+        "later_tokens_error": sweep.later,
+    }
     known = sorted({start for start in starts if start is not None})
     if known and not recompute:
         proof["stored_states_error"] = sweep.prove_states(known, int(pairs.base[0]))

@@ -27,9 +27,6 @@ from .residual import first_tensor, hidden_input
 from .resumed_forward import ResumedForward, check_error, joined_inputs, plain_logits, replaced_forward
 from .tap import AttentionCall, Tap, tapped
 
-# Where the tokens lie in the arguments of a layer's call, beside its hidden states.
-ALONG = {"position_embeddings": -2, "position_ids": -1}
-
 
 @dataclass(frozen=True)
 class EarlierTokens:
@@ -131,10 +128,10 @@ class _Narrow:
         kwargs = {name: self._argument(name, value, width) for name, value in kwargs.items()}
         others = zip(self.names[1:], args[1:], strict=False)
         args = (*args[:1], *(self._argument(*each, width) for each in others))
-        args, kwargs = with_input(args, kwargs, _taken(hidden, self.rows, -2))
+        args, kwargs = with_input(args, kwargs, _taken(hidden, self.rows))
         output = self.forward(*args, **kwargs)
         part = first_tensor(output)
-        whole = hidden.scatter(1, self.rows[..., None].expand_as(part), part)
+        whole = _put(hidden, self.rows, part)
         return whole if isinstance(output, Tensor) else (whole, *output[1:])
 
     def _argument(self, name: str, value: Any, width: int) -> Any:
@@ -143,8 +140,10 @@ class _Narrow:
         # Masks are left to the attention that reads them.
         if not isinstance(value, Tensor) or name == "hidden_states" or "mask" in name:
             return value
-        if name in ALONG and value.shape[ALONG[name]] == width:
-            return _taken(value, self.rows, ALONG[name])
+        if name == "position_embeddings" and value.shape[-2] == width:
+            return _taken(value, self.rows)
+        if name == "position_ids" and value.shape[-1] == width:
+            return _taken(value[..., None], self.rows)[..., 0]
         if width in value.shape:
             raise CaptureError(
                 f"What a layer is given as {name}, of {tuple(value.shape)}, may be of its tokens.",
@@ -176,14 +175,18 @@ class _WholeKeys:
         width = mask.shape[-1]
         key, value = (self._whole(module, place, new, width) for place, new in enumerate((key, value)))
         if mask.shape[2] == width:
-            mask = _taken(mask, self.rows[:, None], -2)
+            mask = _taken(mask.transpose(0, 1), self.rows).transpose(0, 1)
         return query, key, value, mask
 
     def _whole(self, module: nn.Module, place: int, new: Tensor, width: int) -> Tensor:
         known = [each.keys[module][place] for each in self.several]
         padded = [nn.functional.pad(each, (0, 0, 0, width - each.shape[1])) for each in known]
-        whole = torch.stack(padded)[self.owner] if len(padded) > 1 else padded[0].expand(len(new), -1, -1, -1)
-        return whole.scatter(2, self.rows[:, None, :, None].expand_as(new), new)
+        whole = (
+            torch.stack(padded, 1)[:, self.owner]
+            if len(padded) > 1
+            else padded[0][:, None].expand(-1, len(new), -1, -1)
+        )
+        return _put(whole, self.rows, new.transpose(0, 1)).transpose(0, 1)
 
     def edits_weights(self, module: nn.Module) -> bool:
         """Never."""
@@ -202,10 +205,20 @@ class _WholeKeys:
         return output
 
 
-def _taken(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Of a tensor, the rows (sample, row) that lie along `dim`; a tensor of one sample is that of all."""
-    index = rows if dim == -1 else rows[..., None]
-    return torch.take_along_dim(tensor, index.reshape(*[1] * (tensor.ndim - index.ndim), *index.shape), dim)
+def _taken(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The rows (sample, row) of a tensor (..., sample or 1, token, width)."""
+    return tensor[..., _owner(rows) if tensor.shape[-3] > 1 else 0, rows, :]
+
+
+def _put(tensor: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """A tensor (..., sample, token, width) with other rows (..., sample, row, width)."""
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    tensor[..., _owner(rows), rows, :] = new
+    return tensor
+
+
+def _owner(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)[:, None]
 
 
 def prove_later_tokens(resumed: ResumedForward, sample: Inputs) -> float:
@@ -249,3 +262,11 @@ def prove_later_tokens(resumed: ResumedForward, sample: Inputs) -> float:
     error = float((part - whole).abs().max() / whole.abs().max().clamp_min(1e-30))
     check_error(error, loaded.dtype, f"{loaded.name}: a forward of later tokens alone")
     return error
+
+
+def find_later_tokens(resumed: ResumedForward, sample: Inputs) -> float | None:
+    """What `prove_later_tokens` finds; None where every token has to be computed."""
+    try:
+        return prove_later_tokens(resumed, sample)
+    except CaptureError:
+        return None

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# What a batch costs besides its tokens, in tokens: weights are read, and kernels started.
-CPU_COST = 32
-DEVICE_COST = 2048
-
 
 def patch_batches(tokens: Sequence[int], limit: int, cost: int) -> list[list[int]]:
     """Batches of at most `limit` forwards, by number, that cost least together.

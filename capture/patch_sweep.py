@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,18 @@ from torch import Tensor
 from .batch import Batch
 from .encoder_edits import OverCrops
 from .interventions import Edit, ReplaceRows, intervening, replace_rows
+from .known_images import KnownImages, given_images, known_images
 from .known_states import KnownStates, Rows, StoredStates, Wanted
+from .later_tokens import EarlierTokens, earlier_tokens, later_tokens
 from .models import LoadedModel
+from .patch_batches import patch_batches
 from .pattern_rows import ReplacePattern, padded_keys
+from .prompts import Inputs
 from .residual import Halves
 from .resumed_forward import ResumedForward, check_error, joined_inputs, plain_logits
+
+# What a batch of forwards costs besides its tokens, in tokens: weights are read, and kernels started.
+BATCH_COST = 64
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,32 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Resumption:
+    """Where patched forwards start, from which streams (token, d_model) of each sample."""
+
+    start: int
+    site: str
+    layer: int
+    streams: Mapping[int, Tensor]
+
+    @property
+    def enters(self) -> bool:
+        """Whether the patch is made in what enters the first layer, and not inside of it."""
+        return self.site == "resid_pre" or self.start > self.layer
+
+    @property
+    def alone(self) -> int:
+        """The first layer that may see later tokens alone: edits in a layer are made among all tokens."""
+        return self.start if self.enters else self.layer + 1
+
+
+@dataclass(frozen=True)
 class PatchSweep:
-    """Everything that patched forwards of one run or dataset share."""
+    """Everything that patched forwards of one run or dataset share.
+
+    `later`: how exact forwards of later tokens alone are, see `prove_later_tokens`; None, where a patched
+    forward computes every token.
+    """
 
     loaded: LoadedModel
     resumed: ResumedForward
@@ -45,6 +78,9 @@ class PatchSweep:
     questions: Mapping[int, Batch]
     halves: Mapping[str, Halves | None]
     batch_size: int
+    later: float | None = None
+    _earlier: dict[int, tuple[int, EarlierTokens]] = field(default_factory=dict)
+    _images: dict[int, KnownImages] = field(default_factory=dict)
 
     def start(self, stack: str, site: str, layer: int) -> int | None:
         """The decoder's layer at which a patched forward starts; None where it is a whole one."""
@@ -67,6 +103,8 @@ class PatchSweep:
 
     def prepare(self, samples: Iterable[int], patched: Iterable[Wanted]) -> None:
         """Make known what patches of these sites need of these samples."""
+        self._earlier.clear()
+        self._images.clear()
         self.states.prepare(samples, [each for site in patched for each in self.needed(*site)])
 
     @property
@@ -74,6 +112,13 @@ class PatchSweep:
         """How many layers of a sample are in memory at a time."""
         depth = len(self.loaded.anatomy.stack("text").layers)
         return 1 if isinstance(self.states, StoredStates) else depth
+
+    @property
+    def kept_keys(self) -> int:
+        """How many bytes a token's keys and values take."""
+        stack = self.loaded.anatomy.stack("text")
+        width = 2 * len(stack.layers) * stack.kv_heads * stack.head_width
+        return width * self.loaded.model.dtype.itemsize if self.later is not None else 0
 
     def end_logits(self, samples: Iterable[int]) -> dict[int, Tensor]:
         """Logits (word,), float32, of the samples as they are: from the last residual that the run has."""
@@ -93,8 +138,8 @@ class PatchSweep:
 
     def logits(
         self, stack: str, site: str, layer: int, patches: Sequence[Patch], skip: int = 0
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Logits (patch, word), float32, batch by batch, each with its place among the patches.
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Logits (patch, word), float32, batch by batch, each with the numbers of its patches.
 
         The first `skip` batches are left out.
 
@@ -107,17 +152,18 @@ class PatchSweep:
         for patch in patches:
             self._require(sources[patch.source], patch.source_rows, stack, site, patch.source)
         start = self.start(stack, site, layer)
-        streams = {} if start is None else self._streams(start, bases)
-        for first in range(skip * self.batch_size, len(patches), self.batch_size):
-            where = slice(first, first + self.batch_size)
-            chosen = patches[where]
+        resumption = None if start is None else Resumption(start, site, layer, self._streams(start, bases))
+        begins = [0 if resumption is None else self._begin(resumption, patch) for patch in patches]
+        tokens = [self._length(patch.base) - begin for patch, begin in zip(patches, begins, strict=True)]
+        for where in patch_batches(tokens, self.batch_size, BATCH_COST)[skip:]:
+            chosen = [patches[number] for number in where]
             found = [sources[each.source].at(each.source_rows, each.head) for each in chosen]
             values = padded_keys(found) if site == "pattern" else torch.cat(found)
             with torch.no_grad():
-                if start is None:
+                if resumption is None:
                     yield where, self._whole(stack, site, layer, chosen, values)
                 else:
-                    yield where, self._resumed(start, site, layer, chosen, values, streams)
+                    yield where, self._resumed(resumption, chosen, values, [begins[each] for each in where])
 
     def prove_states(self, layers: Sequence[int], sample: int) -> float:
         """By how much logits from the known states of a sample miss those of a plain forward of it.
@@ -161,31 +207,55 @@ class PatchSweep:
             gone = len(np.setdiff1d(positions, rows.positions))
             raise self.states.missing(stack, site, f"{gone} of {len(positions)} tokens of sample {name!r}")
 
+    def _begin(self, resumption: Resumption, patch: Patch) -> int:
+        """The first token that a patch may reach, where earlier ones can be left out."""
+        if self.later is None or resumption.alone >= len(self.loaded.anatomy.stack("text").layers):
+            return 0
+        known = self._earlier.get(patch.base)
+        start = resumption.start
+        if known is None or known[0] > start:
+            hidden = resumption.streams[patch.base][None]
+            inputs, last = self._joined([patch.base], start)
+            with self._images_of([patch.base], start):
+                seen = earlier_tokens(self.loaded, lambda: self.resumed.logits(inputs, last, start, hidden))
+            known = self._earlier[patch.base] = (start, seen)
+        return known[1].reached(int(patch.base_rows.min()))
+
+    def _joined(self, samples: Sequence[int], start: int) -> tuple[Inputs, Tensor]:
+        inputs = [self.questions[number].inputs for number in samples]
+        return joined_inputs(self.loaded, inputs, images=self.resumed.needs_images(start))
+
+    def _images_of(self, samples: Sequence[int], start: int) -> AbstractContextManager[None]:
+        """Forwards that need the images again take what the encoder gave for them once."""
+        if not self.resumed.needs_images(start):
+            return nullcontext()
+        for number in set(samples) - self._images.keys():
+            alone = self._joined([number], 0)
+            self._images[number] = known_images(self.loaded, partial(plain_logits, self.loaded, *alone))
+        return given_images(self.loaded, [self._images[number] for number in samples])
+
     def _resumed(
-        self,
-        start: int,
-        site: str,
-        layer: int,
-        chosen: Sequence[Patch],
-        values: Tensor,
-        streams: Mapping[int, Tensor],
+        self, resumption: Resumption, chosen: Sequence[Patch], values: Tensor, begins: Sequence[int]
     ) -> Tensor:
-        inputs, last = joined_inputs(
-            self.loaded,
-            [self.questions[patch.base].inputs for patch in chosen],
-            images=self.resumed.needs_images(start),
-        )
-        own = [streams[patch.base] for patch in chosen]
-        hidden = torch.nn.utils.rnn.pad_sequence(own, batch_first=True).to(self.loaded.model.device)
+        bases = [patch.base for patch in chosen]
+        start, site = resumption.start, resumption.site
+        inputs, last = self._joined(bases, start)
+        streams = [resumption.streams[number] for number in bases]
+        hidden = torch.nn.utils.rnn.pad_sequence(streams, batch_first=True).to(self.loaded.model.device)
         index = _index(chosen)
-        if site == "resid_pre" or (site == "resid_post" and start == layer + 1):
-            return self.resumed.logits(inputs, last, start, replace_rows(hidden, index, values))
-        width = hidden.shape[1]
-        change: Any = ReplaceRows(index, values)
-        if site == "pattern":
-            change = _replaced_pattern(chosen, [place * width for place in range(len(chosen))], values)
-        edit = Edit("text", layer, site, change)
-        with intervening(self.loaded, [edit], self.halves):
+        with ExitStack() as active:
+            active.enter_context(self._images_of(bases, start))
+            if any(begins):
+                earlier = [self._earlier[number][1] for number in bases]
+                active.enter_context(later_tokens(self.loaded, resumption.alone, begins, last, earlier))
+            if resumption.enters:
+                return self.resumed.logits(inputs, last, start, replace_rows(hidden, index, values))
+            change: Any = ReplaceRows(index, values)
+            if site == "pattern":
+                width = hidden.shape[1]
+                change = _replaced_pattern(chosen, [place * width for place in range(len(chosen))], values)
+            edit = Edit("text", resumption.layer, site, change)
+            active.enter_context(intervening(self.loaded, [edit], self.halves))
             return self.resumed.logits(inputs, last, start, hidden)
 
     def _whole(self, stack: str, site: str, layer: int, chosen: Sequence[Patch], values: Tensor) -> Tensor:

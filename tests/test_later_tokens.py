@@ -14,9 +14,9 @@ from torch import Tensor
 from zoo import ZOO
 
 from mechanistic.capture.later_tokens import (
-    ALONG,
     EarlierTokens,
     earlier_tokens,
+    find_later_tokens,
     later_tokens,
     prove_later_tokens,
 )
@@ -145,10 +145,13 @@ def test_prove_later_tokens__says_why_not(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(layer.mlp, "forward", lambda hidden: own(hidden + hidden.mean(1, keepdim=True)))
     with pytest.raises(CaptureError, match="a forward of later tokens alone misses the logits"):
         prove_later_tokens(resumed, sample)
-    monkeypatch.setitem(ALONG, "position_embeddings", -1)
-    with pytest.raises(
-        CaptureError, match=r"given as position_embeddings, of \(\d+, \d+, \d+\), may be of its"
-    ):
+    assert find_later_tokens(resumed, sample) is None
+
+    def more(_: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "ages": torch.zeros(args[0].shape[:2])}
+
+    layer.register_forward_pre_hook(more, with_kwargs=True)
+    with pytest.raises(CaptureError, match=r"given as ages, of \(3, \d+\), may be of its tokens"):
         prove_later_tokens(resumed, sample)
 
 
