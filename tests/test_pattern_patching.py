@@ -19,7 +19,8 @@ from zoo import ZOO, Family
 from mechanistic.analysis.patching import patch
 from mechanistic.capture.dataset import Sample
 from mechanistic.capture.job import capture_run
-from mechanistic.capture.models import LoadedModel
+from mechanistic.capture.models import LoadedModel, load_model
+from mechanistic.capture.shapes import Shapes
 from mechanistic.store import open_run
 from mechanistic.store.errors import DataError, MissingSiteError
 
@@ -167,6 +168,24 @@ def test_patch__rows_of_attention_name_the_planted_head(tmp_path: Path) -> None:
         if planted is not None:
             found = result["recovered_mean"].sel(layer=planted[0], head=planted[1], role=f"@{AT_LAST}")
             assert float(found) == pytest.approx(1, abs=0.02)
+
+
+def test_patch__rows_of_attention_of_the_bundled_model_are_those_put_in_by_hand(tmp_path: Path) -> None:
+    tiny, shapes = load_model("spatial-tiny"), Shapes(4, distractor=0.0)
+    sites = ["text.*.resid_pre", *(f"{stack}.*.{site}" for stack in ("text", "vision") for site in "qk")]
+    capture_run(tiny, shapes, tmp_path / "run", sites=sites, max_new_tokens=0, quiet=True)
+    asked: dict[str, Any] = {"layers": 2, "max_pairs": 1, "heads": "all", "quiet": True}
+    for site, rows, path in (
+        ("text/pattern", [77, 70], "model.language_model.layers.2.self_attn"),
+        ("vision/pattern", [20, 41], "model.vision_tower.encoder.layers.2.self_attn"),
+    ):
+        result = patch(tmp_path / "run", tiny, sites=site, positions=rows, **asked)
+        (clean,), (corrupt,) = result["clean_id"].values, result["corrupt_id"].values
+        named = {sample.sample_id: sample for sample in shapes}
+        for place, row in enumerate(rows):
+            logits = patched_by_hand(tiny, named[corrupt], named[clean], path, [row])
+            expected = difference(tiny, logits, named[clean], named[corrupt])
+            assert float(result["patched"][0, 0, place]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_patch__stored_rows_of_attention_are_enough(stored: Stored, tmp_path: Path) -> None:
