@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,8 @@ import xarray as xr
 
 from mechanistic.store.errors import SpecificationError, UsageError
 
-from .attribution_table import attribution_table, model_attributes
+from .attribution_table import SampleAttribution, attribute_each, attribution_table, model_attributes
+from .sweep import named_sweep
 
 _ATTRS = {
     "attention_relevancy": {"units": "logit", "long_name": "gradient x attention relevancy"},
@@ -26,6 +28,8 @@ def attention_relevancy(
     target: str | int | tuple[str | int, str | int] | None = None,
     layer: Sequence[int] | None = None,
     processor: Any = None,
+    name: str | Path | None = None,
+    quiet: bool = False,
 ) -> xr.Dataset:
     """Relevancy of every token for the last prompt token, or for each word: R = (I + A_L) ... (I + A_1).
 
@@ -43,6 +47,8 @@ def attention_relevancy(
         ``"last"``, or ``"words"``: the mean over the tokens of each word of the question, of one sample.
     layer
         True numbers of the layers to multiply; None means all.
+    name
+        Where to keep the result, see `integrated_gradients`.
 
     Returns
     -------
@@ -63,6 +69,7 @@ def attention_relevancy(
     Chefer, Gur and Wolf (2021), Generic Attention-model Explainability for Interpreting Bi-Modal and
     Encoder-Decoder Transformers.
     """
+    asked = dict(locals())
     from mechanistic.capture.libraries import require_model_libraries
 
     require_model_libraries()
@@ -78,24 +85,27 @@ def attention_relevancy(
         raise UsageError(
             f"The words of {len(given)} samples are not the same rows.", "Give one: samples=dataset[0]."
         )
-    labels, values, targets, scores = [], [], [], []
-    for place, sample in enumerate(given):
-        asked = target_sample(loaded, sample, place, target)
-        wanted = list(asked.words.values()) if rows == "words" else [np.asarray(asked.batch.last_prompt)]
-        found, score = relevancy_rows(asked, wanted, layer)
-        labels.append(relevancy_labels(asked))
-        values.append(found)
-        targets.append(asked.target.name)
-        scores.append(score)
-    table = attribution_table(
-        {"attention_relevancy": [each[0] for each in values]},
-        labels,
-        dim="token",
-        of_sample={"sample_id": [sample.sample_id for sample in given], "target": targets, "score": scores},
-        attrs=_ATTRS,
-    )
+    sweep = named_sweep("attention_relevancy", asked, loaded, given)
+    if sweep.held is not None:
+        return sweep.held
+
+    def attribute(sample: Any, place: int) -> SampleAttribution:
+        question = target_sample(loaded, sample, place, target)
+        last = [np.asarray(question.batch.last_prompt)]
+        found, score = relevancy_rows(
+            question, list(question.words.values()) if rows == "words" else last, layer
+        )
+        return SampleAttribution(
+            {"attention_relevancy": found[0]},
+            relevancy_labels(question),
+            {"sample_id": sample.sample_id, "target": question.target.name, "score": score},
+            {"rows": found, "words": np.array(list(question.words), object)} if rows == "words" else {},
+        )
+
+    each = attribute_each(sweep, given, attribute, quiet=quiet)
+    table = attribution_table(each, dim="token", attrs=_ATTRS)
     if rows == "words":
-        words = np.array(list(asked.words), object)
-        table["attention_relevancy"] = (("word", "token"), values[0], table["attention_relevancy"].attrs)
-        table = table.assign_coords(word=words)
-    return table.assign_attrs(analysis="attention_relevancy", rows=rows, **model_attributes(loaded))
+        relevancy = (("word", "token"), each[0].beside["rows"], _ATTRS["attention_relevancy"])
+        table = table.assign(attention_relevancy=relevancy).assign_coords(word=each[0].beside["words"])
+    table = table.assign_attrs(analysis="attention_relevancy", rows=rows, **model_attributes(loaded))
+    return sweep.keep(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,28 +37,33 @@ class Options:
         return None if not self.target else self.target[0] if len(self.target) == 1 else self.target
 
 
-def _integrated(to: Any) -> Callable[[Any, Any, Options], xr.Dataset]:
-    return lambda model, samples, options: integrated_gradients(
+def _integrated(to: Any) -> Callable[[Any, Any, Options, Path], xr.Dataset]:
+    return lambda model, samples, options, path: integrated_gradients(
         model,
         samples,
         to=to,
         baseline=options.baseline,  # type: ignore[arg-type]
         steps=options.steps,
         target=options.words,
+        name=path,
     )
 
 
-METHODS: Mapping[str, tuple[str, Callable[[Any, Any, Options], xr.Dataset]]] = {
+Method = Callable[[Any, Any, Options, Path], xr.Dataset]
+
+METHODS: Mapping[str, tuple[str, Method]] = {
     "pixels": ("integrated gradients to the patches of the image", _integrated("pixels")),
     "image-tokens": ("integrated gradients to the decoder's image tokens", _integrated("image_embeddings")),
     "words": ("integrated gradients to the words of the question", _integrated("token_embeddings")),
     "gradcam": (
         "Grad-CAM on the last used layer of the image encoder",
-        lambda model, samples, options: gradcam(model, samples, target=options.words),
+        lambda model, samples, options, path: gradcam(model, samples, target=options.words, name=path),
     ),
     "relevancy": (
         "gradient x attention relevancy of every token for the last",
-        lambda model, samples, options: attention_relevancy(model, samples, target=options.words),
+        lambda model, samples, options, path: attention_relevancy(
+            model, samples, target=options.words, name=path
+        ),
     ),
 }
 
@@ -75,6 +79,8 @@ def attribute_samples(
 ) -> list[Path]:
     """Compute attributions and write METHOD.zarr, METHOD.csv, and METHOD_N.png of the first `pictures`.
 
+    The same call goes on with a METHOD.zarr that was interrupted, and leaves a finished one as it is.
+
     Raises
     ------
     UsageError    no such method; and what the methods raise.
@@ -87,10 +93,8 @@ def attribute_samples(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names:
-        table = METHODS[name][1](model, samples, options or Options())
         stored, numbers = folder / f"{name}.zarr", folder / f"{name}.csv"
-        shutil.rmtree(stored, ignore_errors=True)
-        table.to_zarr(stored, zarr_format=3, consolidated=False)
+        table = METHODS[name][1](model, samples, options or Options(), stored)
         of_sample = table.drop_dims([dim for dim in table.dims if dim != "sample"])
         of_sample["attribution_gini"] = ("sample", _gini(attribution_of(table)))
         of_sample.to_dataframe().to_csv(numbers)
@@ -134,7 +138,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Attribute a model's answers to pixels, image tokens or words. Each method writes "
         "METHOD.zarr (the labelled result), METHOD.csv (a row a sample: target, score, completeness gap, "
         "Gini index over the patches or the words) and METHOD_N.png, the attribution on the image, of the "
-        "first samples.",
+        "first samples. Interrupted, the same command continues.",
         epilog=f"methods:\n{listed}\n\nexample:\n"
         "  mechanistic attribute relevancy pixels --model-name spatial-tiny --dataset shapes --num-samples 9",
         formatter_class=argparse.RawDescriptionHelpFormatter,

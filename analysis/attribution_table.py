@@ -2,47 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from mechanistic.store.errors import DimensionError
 
-Labels = Mapping[str, NDArray[Any]]
+from .sweep import Sweep
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class SampleAttribution:
+    """Of one sample: `values` (row,) by variable, the columns of a token table that label them, what there is
+    once, and what is no column."""
+
+    values: Arrays
+    labels: Arrays
+    of_sample: Mapping[str, Any]
+    beside: Arrays = field(default_factory=dict)
+
+    def packed(self) -> dict[str, Any]:
+        """All of it by names of one kind."""
+        return {f"{part}/{name}": each for part, held in vars(self).items() for name, each in held.items()}
+
+    @classmethod
+    def unpacked(cls, arrays: Arrays) -> SampleAttribution:
+        """From what `packed` gave."""
+        parts: dict[str, dict[str, Any]] = {each.name: {} for each in fields(cls)}
+        for name, values in arrays.items():
+            part, _, own = name.partition("/")
+            parts[part][own] = values
+        return cls(**parts)
+
+
+def attribute_each(
+    sweep: Sweep, samples: Sequence[Any], attribute: Callable[[Any, int], SampleAttribution], *, quiet: bool
+) -> list[SampleAttribution]:
+    """Every sample, with its number, attributed in a step of its own."""
+
+    def packed(sample: Any, place: int) -> dict[str, Any]:
+        return attribute(sample, place).packed()
+
+    with sweep.steps(len(samples), quiet=quiet, unit="samples") as step:
+        found = [step(partial(packed, sample, place)) for place, sample in enumerate(samples)]
+    return [SampleAttribution.unpacked(each) for each in found]
 
 
 def attribution_table(
-    values: Mapping[str, Sequence[NDArray[Any]]],
-    labels: Sequence[Labels],
-    *,
-    dim: str,
-    of_sample: Mapping[str, ArrayLike],
-    attrs: Mapping[str, Mapping[str, Any]],
+    found: Sequence[SampleAttribution], *, dim: str, attrs: Mapping[str, Mapping[str, Any]]
 ) -> xr.Dataset:
     """A Dataset with the dimensions `dim` (labelled rows) and `sample`.
 
-    Parameters
-    ----------
-    values
-        By variable, one array (row,) for each sample.
-    labels
-        The columns of a token table, one for each sample.
-    of_sample
-        By variable or coordinate, one value for each sample; sample_id, target and layer become coordinates.
-    attrs
-        By variable.
+    Of what a sample has once, sample_id, target and layer become coordinates; `attrs` are by variable.
     """
     variables: dict[str, Any] = {
-        name: (dim, np.concatenate(parts), dict(attrs.get(name, {}))) for name, parts in values.items()
+        name: (dim, np.concatenate([each.values[name] for each in found]), dict(attrs.get(name, {})))
+        for name in found[0].values
     }
     coords: dict[str, Any] = {
-        name: (dim, np.concatenate([table[name] for table in labels])) for name in labels[0]
+        name: (dim, np.concatenate([each.labels[name] for each in found])) for name in found[0].labels
     }
-    for name, each in of_sample.items():
-        column = np.asarray(each)
+    for name in found[0].of_sample:
+        column = np.asarray([each.of_sample[name] for each in found])
         text = column.dtype.kind in "US"
         place = coords if name in ("sample_id", "target", "layer") else variables
         place[name] = ("sample", column.astype(object) if text else column, dict(attrs.get(name, {})))

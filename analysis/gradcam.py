@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from .attribution_table import Labels, attribution_table, model_attributes
+from .attribution_table import (
+    Arrays,
+    SampleAttribution,
+    attribute_each,
+    attribution_table,
+    model_attributes,
+)
+from .sweep import named_sweep
 
 _ATTRS = {
     "gradcam": {"units": "logit", "long_name": "Grad-CAM"},
@@ -26,6 +34,8 @@ def gradcam(
     layer: int | None = None,
     relu: bool = True,
     processor: Any = None,
+    name: str | Path | None = None,
+    quiet: bool = False,
 ) -> xr.Dataset:
     """Grad-CAM on the patches of an image encoder: cam_p = max(0, sum_c w_c A_pc), w_c = mean_p dF / dA_pc.
 
@@ -43,6 +53,8 @@ def gradcam(
         the last layer but one, CLIP of its last layer the class token alone.
     relu
         Whether patches that speak against the target become 0.
+    name
+        Where to keep the result, see `integrated_gradients`.
 
     Returns
     -------
@@ -62,6 +74,7 @@ def gradcam(
     ----------
     Selvaraju et al. (2017), Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization.
     """
+    asked = dict(locals())
     from mechanistic.capture.libraries import require_model_libraries
 
     require_model_libraries()
@@ -70,32 +83,26 @@ def gradcam(
 
     loaded = given_model(model, processor, "gradcam(model, samples, processor=processor)")
     given = given_samples(samples)
-    found = [encoder_layer(loaded, sample, place, target, stack, layer) for place, sample in enumerate(given)]
-    patches = [np.flatnonzero(each.labels["patch_row"] >= 0) for each in found]
-    labels = [
-        {name: values[rows] for name, values in each.labels.items()}
-        for each, rows in zip(found, patches, strict=True)
-    ]
-    maps = [
-        _gradcam(each.output[rows], each.gradient[rows], _images(table))
-        for each, rows, table in zip(found, patches, labels, strict=True)
-    ]
-    table = attribution_table(
-        {"gradcam": [np.maximum(each, 0) if relu else each for each in maps]},
-        labels,
-        dim="patch",
-        of_sample={
-            "sample_id": [sample.sample_id for sample in given],
-            "target": [each.target for each in found],
-            "layer": [each.layer for each in found],
-            "score": [each.score for each in found],
-        },
-        attrs=_ATTRS,
-    )
-    return table.assign_attrs(analysis="gradcam", stack=stack, relu=int(relu), **model_attributes(loaded))
+    sweep = named_sweep("gradcam", asked, loaded, given)
+    if sweep.held is not None:
+        return sweep.held
+
+    def attribute(sample: Any, place: int) -> SampleAttribution:
+        found = encoder_layer(loaded, sample, place, target, stack, layer)
+        rows = np.flatnonzero(found.labels["patch_row"] >= 0)
+        labels = {name: values[rows] for name, values in found.labels.items()}
+        cam = _gradcam(found.output[rows], found.gradient[rows], _images(labels))
+        once = {"target": found.target, "layer": found.layer, "score": found.score}
+        return SampleAttribution(
+            {"gradcam": np.maximum(cam, 0) if relu else cam}, labels, {"sample_id": sample.sample_id, **once}
+        )
+
+    table = attribution_table(attribute_each(sweep, given, attribute, quiet=quiet), dim="patch", attrs=_ATTRS)
+    attrs = {"analysis": "gradcam", "stack": stack, "relu": int(relu), **model_attributes(loaded)}
+    return sweep.keep(table.assign_attrs(attrs))
 
 
-def _images(labels: Labels) -> NDArray[np.int64]:
+def _images(labels: Arrays) -> NDArray[np.int64]:
     """A number for each image or tile that a patch belongs to."""
     places = np.stack([labels["image_index"], labels["tile"]], axis=1)
     return np.asarray(np.unique(places, axis=0, return_inverse=True)[1].reshape(-1))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from .attribution_table import attribution_table, model_attributes
+from .attribution_table import SampleAttribution, attribute_each, attribution_table, model_attributes
+from .sweep import named_sweep
 
 _LOGIT = {"units": "logit"}
 _ATTRS = {
@@ -37,6 +40,8 @@ def integrated_gradients(
     method: str = "gausslegendre",
     blur: float = 0.125,
     processor: Any = None,
+    name: str | Path | None = None,
+    quiet: bool = False,
 ) -> xr.Dataset:
     """Integrated gradients, IG_i = (x_i - b_i) * integral over a in [0, 1] of dF(b + a (x - b)) / dx_i.
 
@@ -66,6 +71,9 @@ def integrated_gradients(
         Points on the path, captum's rule for them, and how many of them run in one batch.
     blur
         Standard deviation of the Gaussian as a share of the image's shorter side.
+    name
+        Keep the result in the folder of this path. A call that was killed goes on where it was, and one that
+        is finished is returned as it is.
 
     Returns
     -------
@@ -85,11 +93,13 @@ def integrated_gradients(
     CaptureError        the embeddings cannot be reached, or the sample has no image, or no words.
     ModelError          the model gives no logits.
     UsageError          no processor, or the model is in training mode.
+    OutputExistsError   `name` is something else, or under way with other arguments.
 
     References
     ----------
     Sundararajan, Taly and Yan (2017), Axiomatic Attribution for Deep Networks.
     """
+    asked = dict(locals())
     from mechanistic.capture.libraries import require_model_libraries
 
     require_model_libraries()
@@ -99,25 +109,18 @@ def integrated_gradients(
     path = Path(to, baseline, steps, internal_batch_size, method, blur)  # type: ignore[arg-type]
     loaded = given_model(model, processor, "integrated_gradients(model, samples, processor=processor)")
     given = given_samples(samples)
-    found = [path_integral(loaded, sample, place, target, path) for place, sample in enumerate(given)]
-    gap, relative = _gaps(found)
-    table = attribution_table(
-        {"integrated_gradients": [each.values for each in found]},
-        [each.labels for each in found],
-        dim="patch" if to == "pixels" else "token",
-        of_sample={
-            "sample_id": [sample.sample_id for sample in given],
-            "target": [each.target for each in found],
-            "score": [each.score for each in found],
-            "baseline_score": [each.baseline_score for each in found],
-            "completeness_gap": gap,
-            "completeness_gap_relative": relative,
-        },
-        attrs=_ATTRS,
-    )
+    sweep = named_sweep("integrated_gradients", asked, loaded, given)
+    if sweep.held is not None:
+        return sweep.held
+
+    def integrate(sample: Any, place: int) -> SampleAttribution:
+        return _attribution(sample, path_integral(loaded, sample, place, target, path))
+
+    found = attribute_each(sweep, given, integrate, quiet=quiet)
+    table = attribution_table(found, dim="patch" if to == "pixels" else "token", attrs=_ATTRS)
     if to == "pixels":
-        table = table.merge(_pixel_maps(found)).assign_attrs(patch_size=found[0].patch)
-    return table.assign_attrs(
+        table = table.merge(_pixel_maps(found)).assign_attrs(patch_size=int(found[0].beside["patch"]))
+    table = table.assign_attrs(
         analysis="integrated_gradients",
         to=to,
         baseline=baseline,
@@ -127,23 +130,45 @@ def integrated_gradients(
         captum=version("captum"),
         **model_attributes(loaded),
     )
+    return sweep.keep(table)
 
 
-def _gaps(found: list[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The completeness gap of each sample, absolute and relative."""
-    change = np.array([each.score - each.baseline_score for each in found])
-    gap = np.array([each.total for each in found]) - change
-    return gap, np.abs(gap) / np.where(change == 0, np.nan, np.abs(change))
+def _attribution(sample: Any, found: Any) -> SampleAttribution:
+    """Of a sample, its path integral with the completeness gap, absolute and relative."""
+    change = found.score - found.baseline_score
+    gap = found.total - change
+    beside: dict[str, Any] = {}
+    if found.maps:
+        places, patch = np.array(found.places, np.int32), np.array(found.patch)
+        beside = {"maps": _stacked(found.maps), "places": places, "patch": patch}
+    return SampleAttribution(
+        {"integrated_gradients": found.values},
+        found.labels,
+        {
+            "sample_id": sample.sample_id,
+            "target": found.target,
+            "score": found.score,
+            "baseline_score": found.baseline_score,
+            "completeness_gap": gap,
+            "completeness_gap_relative": abs(gap) / abs(change) if change else np.nan,
+        },
+        beside,
+    )
 
 
-def _pixel_maps(found: list[Any]) -> xr.Dataset:
-    """The maps of all samples, each in the upper left corner of the largest."""
-    maps = [each for one in found for each in one.maps]
+def _stacked(maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Maps (y, x) as one array, each in the upper left corner of the largest, NaN beyond its edge."""
     height, width = (max(each.shape[axis] for each in maps) for axis in (0, 1))
     values = np.full((len(maps), height, width), np.nan, np.float32)
     for place, each in enumerate(maps):
         values[place, : each.shape[0], : each.shape[1]] = each
-    at = [(sample, *place) for sample, one in enumerate(found) for place in one.places]
+    return values
+
+
+def _pixel_maps(found: Sequence[SampleAttribution]) -> xr.Dataset:
+    """The maps of all samples."""
+    values = _stacked([each for one in found for each in one.beside["maps"]])
+    at = [(sample, *place) for sample, one in enumerate(found) for place in one.beside["places"]]
     names = ("canvas_sample_index", "canvas_image_index", "canvas_tile")
     labels = zip(names, np.array(at, np.int32).T, strict=True)
     return xr.Dataset(
