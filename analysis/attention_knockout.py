@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from mechanistic.store.errors import DimensionError, SpecificationError
 
 from .experiment import begin, chosen_heads, chosen_layers, layer_window, require_stack, trial_masks
 from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
+from .sweep import named_sweep
 from .token_places import place_name
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def attention_knockout(
     per_head: bool = False,
     metric: Metric = "logit_diff",
     batch_size: int = 8,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -57,6 +60,8 @@ def attention_knockout(
         closes all of them.
     heads, per_head
         The heads that are closed, all by default: together, or with `per_head` one at a time.
+    name
+        Where to keep the result, see `causal_tracing`.
 
     Returns
     -------
@@ -75,7 +80,11 @@ def attention_knockout(
     ----------
     Geva, Bastings, Filippova and Globerson (2023), arXiv:2304.14767.
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    kept = named_sweep("attention_knockout", asked, experiment.loaded, experiment.samples)
+    if kept.held is not None:
+        return kept.held
     require_stack(stack)
     if window < 1 or not edges:
         raise SpecificationError(
@@ -99,14 +108,15 @@ def attention_knockout(
     coords: dict[str, Any] = {"edge": names, "layer": np.array(numbers, np.int32)}
     if per_head:
         coords["head"] = np.array(chosen, np.int32)
-    how = Measuring(metric, batch_size, level, seed, quiet)
+    how = Measuring(metric, batch_size, level, seed, quiet, kept)
     result = intervention_sweep(experiment, InterventionGrid("knocked_out", coords, edits), how)
-    return result.assign_attrs(
+    result = result.assign_attrs(
         analysis="attention_knockout",
         stack=stack,
         window=window,
         heads="each" if per_head else ",".join(map(str, chosen)),
     )
+    return kept.keep(result)
 
 
 def scale_attention(
@@ -120,6 +130,7 @@ def scale_attention(
     heads: int | Sequence[int] | None = None,
     metric: Metric = "logit_diff",
     batch_size: int = 8,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -135,6 +146,8 @@ def scale_attention(
         As in `attention_knockout`.
     layers, heads
         Those that are scaled, together; all by default.
+    name
+        Where to keep the result, see `causal_tracing`.
 
     Returns
     -------
@@ -151,7 +164,11 @@ def scale_attention(
     ----------
     Chen et al. (2025), Why is spatial reasoning hard for VLMs?, arXiv:2503.01773 (ScalingVis, AdaptVis).
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    kept = named_sweep("scale_attention", asked, experiment.loaded, experiment.samples)
+    if kept.held is not None:
+        return kept.held
     require_stack(stack)
     if not factors or min(factors) < 0:
         raise SpecificationError(
@@ -169,15 +186,16 @@ def scale_attention(
 
         return of
 
-    how = Measuring(metric, batch_size, level, seed, quiet)
+    how = Measuring(metric, batch_size, level, seed, quiet, kept)
     grid = InterventionGrid("scaled", {"factor": np.array(factors, np.float64)}, edits)
-    return intervention_sweep(experiment, grid, how).assign_attrs(
+    result = intervention_sweep(experiment, grid, how).assign_attrs(
         analysis="scale_attention",
         stack=stack,
         edge=" -> ".join(place_name(place) for place in edge),
         layers=",".join(map(str, numbers)),
         heads=",".join(map(str, chosen)),
     )
+    return kept.keep(result)
 
 
 def adapt_scale(result: xr.Dataset, *, unsure: float, sure: float, threshold: float) -> xr.Dataset:

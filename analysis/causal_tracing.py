@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ from .experiment import (
     trial_masks,
     with_mean,
 )
+from .sweep import Sweep, named_sweep
 
 if TYPE_CHECKING:
     from mechanistic.capture.trial import Metric, Trial
@@ -66,6 +69,7 @@ def causal_tracing(
     window: int = 1,
     metric: Metric = "prob",
     batch_size: int = 32,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -106,6 +110,9 @@ def causal_tracing(
 
     batch_size
         Rows of a forward: samples times noise samples.
+    name
+        Keep the result: as derived/NAME of the run that `samples` is, else in the folder of this path. A
+        sweep that was killed goes on where it was, and one that is finished is returned as it is.
 
     Returns
     -------
@@ -121,13 +128,18 @@ def causal_tracing(
     DataError           a sample without such tokens, without an answer, or whose answer is not told apart by
                         one token.
     ModelError          the model does not have the site, or where its images enter could not be established.
+    OutputExistsError   `name` is something else, or under way with other arguments or another model.
 
     References
     ----------
     Meng, Bau, Andonian and Belinkov (2022), Locating and editing factual associations in GPT, section 2.1,
     arXiv:2202.05262.
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    kept = named_sweep("causal_tracing", asked, experiment.loaded, experiment.samples)
+    if kept.held is not None:
+        return kept.held
     require_stack(stack)
     _check(sites, corruption, noise_scale, noise_samples, window)
     numbers, named = chosen_layers(experiment, layers, stack), places_of(experiment, places, stack)
@@ -146,9 +158,9 @@ def causal_tracing(
         window=window,
         metric=metric,
     )
-    result = _effects(experiment, sweep, batch_size, quiet)
-    for name in ("total_effect", "indirect_effect"):
-        result = with_mean(result, name, f"average_{name}", experiment.clusters, level=level, seed=seed)
+    result = _effects(experiment, sweep, batch_size, kept, quiet)
+    for effect in ("total_effect", "indirect_effect"):
+        result = with_mean(result, effect, f"average_{effect}", experiment.clusters, level=level, seed=seed)
     total = result["average_total_effect"]
     result["recovered"] = (result["average_indirect_effect"] / total.where(total != 0)).assign_attrs(
         units="1", long_name="share of the total effect recovered"
@@ -166,7 +178,7 @@ def causal_tracing(
         "level": level,
         "seed": seed,
     }
-    return result
+    return kept.keep(result)
 
 
 def _check(sites: Sequence[str], corruption: str, scale: float, copies: int, window: int) -> None:
@@ -186,39 +198,81 @@ def _check(sites: Sequence[str], corruption: str, scale: float, copies: int, win
         )
 
 
-def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, quiet: bool) -> xr.Dataset:
+def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, kept: Sweep, quiet: bool) -> xr.Dataset:
     """Clean, corrupted and restored metric of every sample."""
     import torch
-
-    from mechanistic.capture.forward_progress import forward_progress
 
     size = len(experiment.samples)
     # Rows of a forward are the noise samples of each sample.
     per_batch = max(1, batch_size // sweep.copies)
     shape = (size, len(sweep.sites), len(sweep.layers), len(sweep.places))
     clean, corrupted, restored = np.empty(size), np.empty(size), np.empty(shape)
-    total = -(-size // per_batch) * (2 + int(np.prod(shape[1:])))
-    with torch.no_grad(), forward_progress(total, quiet=quiet) as progress:
-        for where, trial in experiment.trials(per_batch, sweep.metric):
-            masks = trial_masks(trial, [sweep.corrupt, *sweep.places], sweep.stack)
-            sites = [(layer, site) for site in sweep.sites for layer in range(experiment.depth(sweep.stack))]
-            states, logits = trial.read(sites, stack=sweep.stack)
-            clean[where] = _mean_of(trial.metric_of(logits, sweep.metric))
-            progress.step()
-            spoil = _spoiling(trial, masks[0], sweep)
-            trial, logits = trial.known(spoil, sweep.copies)
-            corrupted[where] = _mean_of(trial.metric_of(logits, sweep.metric))
-            progress.step()
-            for index, edits in _restorations(experiment, trial, states, masks[1:], sweep):
-                value = trial.measure(sweep.metric, edits, sweep.copies)
-                restored[(where, *index)] = _mean_of(value)
-                progress.step()
+    batches = list(experiment.batches(per_batch, sweep.metric))
+    with torch.no_grad(), kept.steps(len(batches) * (2 + int(np.prod(shape[1:]))), quiet=quiet) as step:
+        for where, prepared in batches:
+            batch = _Batch(experiment, sweep, prepared)
+            clean[where] = step(batch.clean)["value"]
+            corrupted[where] = step(batch.corrupted)["value"]
+            for index in np.ndindex(*shape[1:]):
+                restored[(where, *index)] = step(partial(batch.restored, index))["value"]
     return _labelled(experiment, sweep, clean, corrupted, restored)
 
 
-def _mean_of(values: Any) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class _Batch:
+    """Some samples, prepared when something is measured that no killed sweep has left."""
+
+    experiment: Experiment
+    sweep: _Sweep
+    prepared: Callable[[], Trial]
+
+    @cached_property
+    def known(self) -> tuple[Trial, NDArray[np.bool_], dict[tuple[int, str], Any], Any]:
+        """The trial, its tokens at each place, its states and its logits."""
+        trial, sweep = self.prepared(), self.sweep
+        masks = trial_masks(trial, [sweep.corrupt, *sweep.places], sweep.stack)
+        depth = self.experiment.depth(sweep.stack)
+        sites = [(layer, site) for site in sweep.sites for layer in range(depth)]
+        return trial, masks, *trial.read(sites, stack=sweep.stack)
+
+    @cached_property
+    def spoiled(self) -> tuple[Trial, Any]:
+        """Copies of the trial whose embeddings are spoiled, and their logits."""
+        trial, masks, _, _ = self.known
+        return trial.known(_spoiling(trial, masks[0], self.sweep), self.sweep.copies)
+
+    def clean(self) -> Mapping[str, Any]:
+        """The metric as it is."""
+        trial, _, _, logits = self.known
+        return _mean_of(trial.metric_of(logits, self.sweep.metric))
+
+    def corrupted(self) -> Mapping[str, Any]:
+        """The metric of the spoiled copies."""
+        trial, logits = self.spoiled
+        return _mean_of(trial.metric_of(logits, self.sweep.metric))
+
+    def restored(self, index: tuple[int, ...]) -> Mapping[str, Any]:
+        """The metric of the spoiled copies, a state restored: (site, layer, place) by their places."""
+        import torch
+
+        from mechanistic.capture.trial import put_back
+
+        sweep = self.sweep
+        _, masks, states, _ = self.known
+        site, layer = sweep.sites[index[0]], sweep.layers[index[1]]
+        where = torch.from_numpy(masks[1 + index[2]])
+        wide = sweep.window if site in ("attn_out", "mlp_out") else 1
+        trial, _ = self.spoiled
+        edits = [
+            trial.edit(sweep.stack, number, site, put_back(states[number, site], where, sweep.copies))
+            for number in layer_window(layer, wide, self.experiment.depth(sweep.stack))
+        ]
+        return _mean_of(trial.measure(sweep.metric, edits, sweep.copies))
+
+
+def _mean_of(values: Any) -> Mapping[str, Any]:
     """Mean over copies (copy, sample)."""
-    return np.asarray(values.double().mean(0).cpu().numpy())
+    return {"value": values.double().mean(0).cpu().numpy()}
 
 
 def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> list[Any]:
@@ -254,30 +308,6 @@ def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> list[Any]
             spoiling = torch.cat(parts, dim=1)
         edits.append(trial.edit(sweep.stack, level, "resid_pre", Add(spoiling)))
     return edits
-
-
-def _restorations(
-    experiment: Experiment,
-    trial: Trial,
-    states: dict[tuple[int, str], Any],
-    masks: NDArray[np.bool_],
-    sweep: _Sweep,
-) -> Iterator[tuple[tuple[int, int, int], list[Any]]]:
-    """(site, layer, place) by their places in the result, and the edits that restore what is there."""
-    import torch
-
-    from mechanistic.capture.trial import put_back
-
-    for site_at, site in enumerate(sweep.sites):
-        for layer_at, layer in enumerate(sweep.layers):
-            wide = sweep.window if site in ("attn_out", "mlp_out") else 1
-            for place_at, mask in enumerate(masks):
-                where = torch.from_numpy(mask)
-                edits = [
-                    trial.edit(sweep.stack, number, site, put_back(states[number, site], where, sweep.copies))
-                    for number in layer_window(layer, wide, experiment.depth(sweep.stack))
-                ]
-                yield (site_at, layer_at, place_at), edits
 
 
 def _labelled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Measuring:
     level: float
     seed: int
     quiet: bool
-    sweep: Sweep = field(default_factory=lambda: Sweep({}))
+    sweep: Sweep
 
     def attrs(self) -> dict[str, Any]:
         """What a result says of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from mechanistic.store.errors import DimensionError, SpecificationError
 
 from .experiment import Experiment, begin, chosen_layers, require_stack, trial_masks
 from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
+from .sweep import named_sweep
 from .token_places import place_name
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def steer(
     place: str | int = "last",
     metric: Metric = "logit_diff",
     batch_size: int = 8,
+    name: str | Path | None = None,
     level: float = 0.95,
     seed: int = 0,
     quiet: bool = False,
@@ -122,6 +125,8 @@ def steer(
         that the direction has by default, and the tokens (see `causal_tracing`).
     together
         Steer all the layers at once instead of each by itself.
+    name
+        Where to keep the result, see `causal_tracing`.
 
     Returns
     -------
@@ -142,7 +147,11 @@ def steer(
     ----------
     Turner et al. (2023), arXiv:2308.10248. Ravfogel et al. (2020), arXiv:2004.07667 (projection).
     """
+    asked = dict(locals())
     experiment = begin(model, samples)
+    kept = named_sweep("steer", asked, experiment.loaded, experiment.samples)
+    if kept.held is not None:
+        return kept.held
     require_stack(stack)
     _check(mode, scale, site, strengths)
     numbers = _layers_of(experiment, direction, layers, stack)
@@ -166,8 +175,8 @@ def steer(
     grid = InterventionGrid("steered", {"strength": np.array(steering.strengths)}, steering.edits)
     if not together:
         grid = replace(grid, coords={"layer": np.array(numbers, np.int32), **grid.coords})
-    result = intervention_sweep(experiment, grid, Measuring(metric, batch_size, level, seed, quiet))
-    return result.assign_attrs(
+    result = intervention_sweep(experiment, grid, Measuring(metric, batch_size, level, seed, quiet, kept))
+    result = result.assign_attrs(
         analysis="steer",
         mode=mode,
         towards=towards or "",
@@ -177,6 +186,7 @@ def steer(
         place=place_name(place),
         layers=",".join(map(str, numbers)),
     )
+    return kept.keep(result)
 
 
 def _check(mode: str, scale: str, site: str, strengths: Sequence[float]) -> None:

@@ -44,6 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 Call = Callable[..., xr.Dataset]
 SMALL: dict[str, Any] = {"batch_size": 2}
+PAIRS = [(0, 1), (2, 3)]
 DIRECTION = xr.DataArray(np.eye(1, 32)[0] * 3, dims="feature")
 
 SWEEPS: dict[str, tuple[Call, dict[str, Any]]] = {
@@ -52,8 +53,11 @@ SWEEPS: dict[str, tuple[Call, dict[str, Any]]] = {
     "attention_knockout": (attention_knockout, {"edges": [("last", "subject")], **SMALL}),
     "scale_attention": (scale_attention, {"edge": ("last", "subject"), **SMALL}),
     "steer": (steer, {"direction": DIRECTION, "scale": "norm", **SMALL}),
-    "path_patching": (path_patching, {"receivers": [(2, 3), "logits"], "batch_size": 4}),
-    "attribution_patching": (attribution_patching, {"method": "integrated", "steps": 3, "top": 4, **SMALL}),
+    "path_patching": (path_patching, {"pairs": PAIRS, "receivers": [(2, 3), "logits"], "batch_size": 4}),
+    "attribution_patching": (
+        attribution_patching,
+        {"pairs": PAIRS, "method": "integrated", "steps": 3, "top": 4, **SMALL},
+    ),
 }
 GRADIENTS: dict[str, tuple[Call, dict[str, Any]]] = {
     "pixels": (integrated_gradients, {"to": "pixels", "steps": 2}),
@@ -241,7 +245,9 @@ def test_sweep__of_a_run_is_kept_there_and_goes_on_after_a_merge(
     model = one_head()
     calls: dict[str, Callable[..., xr.Dataset]] = {
         "ablation": lambda **more: ablate(open_run(parts), model, method="zero", quiet=True, **more),
-        "patched": lambda **more: patch(open_run(parts), model, positions="last", quiet=True, **more),
+        "patched": lambda **more: patch(
+            open_run(parts), model, base=[1, 3], source=[0, 2], positions="last", quiet=True, **more
+        ),
     }
     whole = {name: call() for name, call in calls.items()}
     for name, call in calls.items():
