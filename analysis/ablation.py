@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError, SpecificationError
 
-from .experiment import Experiment, begin, chosen_heads, chosen_layers, trial_masks
+from .experiment import Experiment, begin, chosen_heads, chosen_layers, require_stack, trial_masks
 from .intervention_sweep import Edits, InterventionGrid, Measuring, intervention_sweep
 from .sweep import named_sweep
 from .token_places import place_name
@@ -27,6 +27,7 @@ SITES = ("z", "attn_out", "mlp_out", "resid_post")
 
 @dataclass(frozen=True)
 class _Plan:
+    stack: str
     site: str
     method: Method
     layers: tuple[int, ...]
@@ -37,6 +38,17 @@ class _Plan:
     @property
     def sites(self) -> list[tuple[int, str]]:
         return [(layer, self.site) for layer in self.layers]
+
+    def mask(self, trial: Trial) -> NDArray[np.bool_]:
+        """Which tokens are replaced, as `trial_masks` has them."""
+        found: NDArray[np.bool_] = trial_masks(trial, [self.place], self.stack)[0]
+        return found
+
+    def counts(self, trial: Trial) -> list[int]:
+        """How many of each sample's."""
+        mask = self.mask(trial)
+        own = mask if self.stack == "text" else [mask[0, tokens] for tokens in trial.crops]
+        return [int(each.sum()) for each in own]
 
 
 States = dict[tuple[int, str], Any]
@@ -66,8 +78,8 @@ def ablate(
     samples, model
         As in `causal_tracing`.
     stack
-        ``"text"``: the decoder; ``"vision"``: the image encoder, whose components can be silenced for all
-        patches (``method="zero"``, ``place="all"``).
+        ``"text"``: the decoder; ``"vision"``: the image encoder, whose places are ``"image"``, boxes such as
+        ``"subject_box"``, and positions of its own tokens.
     site
         z (head by head), attn_out, mlp_out, resid_post.
     method
@@ -103,6 +115,7 @@ def ablate(
     Chan et al. (2022), Causal scrubbing (resampling). Wang et al. (2022), arXiv:2211.00593 (mean ablation).
     """
     asked = dict(locals())
+    require_stack(stack)
     experiment = begin(model, samples)
     sweep = named_sweep("ablate", asked, experiment.loaded, experiment.samples)
     if sweep.held is not None:
@@ -119,13 +132,8 @@ def ablate(
             f"There is one sample only, and '{method}' ablation takes from others.",
             "Give more samples, or method='zero'.",
         )
-    if stack == "vision" and (method != "zero" or place != "all"):
-        raise SpecificationError(
-            f"The image encoder cannot be ablated by '{method}' at '{place_name(place)}'.",
-            "Silence it for all patches: stack='vision', method='zero', place='all'.",
-        )
     how = Measuring(metric, batch_size, level, seed, quiet, sweep)
-    plan = _Plan(site, method, tuple(chosen_layers(experiment, layers, stack)), place, metric, seed)
+    plan = _Plan(stack, site, method, tuple(chosen_layers(experiment, layers, stack)), place, metric, seed)
     coords: dict[str, Any] = {"layer": np.array(plan.layers, np.int32)}
     chosen = chosen_heads(experiment, heads, stack)
     if site == "z":
@@ -135,19 +143,15 @@ def ablate(
     def edits(where: slice, trial: Trial) -> Edits:
         import torch
 
-        from mechanistic.capture.interventions import Edit
-        from mechanistic.capture.silenced import Silenced
         from mechanistic.capture.trial import put_back
 
-        mask = torch.from_numpy(trial_masks(trial, [place])[0])
-        values = {} if stack == "vision" else states(where, trial)
+        mask = torch.from_numpy(plan.mask(trial))
+        values = states(where, trial)
 
         def of(index: tuple[int, ...]) -> list[Any]:
             name = plan.sites[index[0]]
             head = chosen[index[1]] if site == "z" else None
-            if stack == "vision":
-                return [Edit("vision", *name, Silenced(head))]
-            return [Edit("text", *name, put_back(values[name], mask, head=head))]
+            return [trial.edit(stack, *name, put_back(values[name], mask, head=head))]
 
         return of
 
@@ -169,8 +173,8 @@ def _states(experiment: Experiment, plan: _Plan, batch_size: int) -> Callable[[s
 
     def states(where: slice, trial: Trial) -> States:
         rows = means or _of_donors(experiment, plan, donors[where], trial)
-        mask = torch.from_numpy(trial_masks(trial, [plan.place])[0])
-        return {name: _spread(values, mask) for name, values in rows.items()}
+        mask = torch.from_numpy(plan.mask(trial))
+        return {name: _spread(values, mask, trial.size) for name, values in rows.items()}
 
     return states
 
@@ -178,7 +182,7 @@ def _states(experiment: Experiment, plan: _Plan, batch_size: int) -> Callable[[s
 def _of_donors(experiment: Experiment, plan: _Plan, donors: NDArray[np.int64], trial: Trial) -> States:
     others = replace(experiment, samples=tuple(experiment.samples[number] for number in donors))
     ((_, other),) = others.trials(len(donors), plan.metric)
-    count = _count(trial, plan)
+    count = plan.counts(trial)[0]
     _require_count(trial, plan, count)
     return _selected(other, plan, count)
 
@@ -195,9 +199,9 @@ def _donors(size: int, seed: int) -> NDArray[np.int64]:
 def _zeros(trial: Trial, plan: _Plan) -> Any:
     import torch
 
-    stack = trial.loaded.anatomy.stack("text")
+    stack = trial.loaded.anatomy.stack(plan.stack)
     shape = (stack.heads, stack.head_width) if plan.site == "z" else (stack.width,)
-    return torch.zeros(trial.size, trial.width, *shape)
+    return torch.zeros(*plan.mask(trial).shape, *shape)
 
 
 def _means(experiment: Experiment, plan: _Plan, batch_size: int) -> States:
@@ -208,14 +212,10 @@ def _means(experiment: Experiment, plan: _Plan, batch_size: int) -> States:
     count: int | None = None
     with torch.no_grad():
         for _, trial in experiment.trials(batch_size, plan.metric):
-            count = _count(trial, plan) if count is None else count
+            count = plan.counts(trial)[0] if count is None else count
             for name, rows in _selected(trial, plan, count).items():
                 sums[name] = sums.get(name, 0) + rows.double().sum(0, keepdim=True)
     return {name: total / len(experiment.samples) for name, total in sums.items()}
-
-
-def _count(trial: Trial, plan: _Plan) -> int:
-    return int(trial_masks(trial, [plan.place])[0, 0].sum())
 
 
 def _selected(trial: Trial, plan: _Plan, count: int) -> States:
@@ -223,14 +223,14 @@ def _selected(trial: Trial, plan: _Plan, count: int) -> States:
     import torch
 
     _require_count(trial, plan, count)
-    where = torch.from_numpy(trial_masks(trial, [plan.place])[0])
-    seen, _ = trial.read(plan.sites)
+    where = torch.from_numpy(plan.mask(trial))
+    seen, _ = trial.read(plan.sites, stack=plan.stack)
     return {name: each[where.to(each.device)].unflatten(0, (-1, count)) for name, each in seen.items()}
 
 
 def _require_count(trial: Trial, plan: _Plan, count: int) -> None:
     """DataError unless every sample has `count` tokens at the place."""
-    for row, found in enumerate(trial_masks(trial, [plan.place])[0].sum(1)):
+    for row, found in enumerate(plan.counts(trial)):
         if found != count:
             raise DataError(
                 f"Sample {trial.batch.samples[row].sample_id!r} has {found} tokens at "
@@ -239,9 +239,9 @@ def _require_count(trial: Trial, plan: _Plan, count: int) -> None:
             )
 
 
-def _spread(rows: Any, mask: Any) -> Any:
-    """Rows (sample or 1, chosen token, ...) at the chosen tokens of (sample, token, ...), 0 elsewhere."""
-    rows = rows.expand(len(mask), *rows.shape[1:])
+def _spread(rows: Any, mask: Any, samples: int) -> Any:
+    """Rows (sample or 1, chosen token, ...) at the chosen tokens of `mask`, 0 elsewhere."""
+    rows = rows.expand(samples, *rows.shape[1:])
     whole = rows.new_zeros(*mask.shape, *rows.shape[2:])
     whole[mask.to(rows.device)] = rows.flatten(0, 1)
     return whole

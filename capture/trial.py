@@ -20,6 +20,7 @@ from .dataset import Sample
 from .encoder_edits import OverCrops
 from .interventions import ATTENTION_EDITS, Change, Edit, ReplaceRows, intervening
 from .models import LoadedModel
+from .pattern_rows import Kept
 from .prompts import Inputs
 from .residual import Halves, LayerProbe
 from .resumed_forward import TOLERANCE, ResumedForward, plain_logits, prove_resumed_forward
@@ -140,9 +141,18 @@ class Trial:
     ) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
         """What (layer, site) are in one forward, after the edits, shaped as in `edit`, and the logits."""
         seen: dict[tuple[int, str], Tensor] = {}
-        keepers = [self.edit(stack, layer, site, Keep(seen, (layer, site))) for layer, site in sites]
+        keepers = [Edit(stack, *each, self._keeper(stack, each, seen)) for each in sites]
         logits = self.logits([*edits, *keepers], copies)
         return seen, logits
+
+    def _keeper(self, stack: str, name: tuple[int, str], seen: dict[tuple[int, str], Tensor]) -> Change:
+        if stack == "text":
+            return Keep(seen, name)
+
+        def keep(rows: Tensor) -> None:
+            seen[name] = rows.unflatten(0, (-1, self.crops[-1].stop))
+
+        return Kept(name[1], keep)
 
 
 @dataclass(frozen=True)

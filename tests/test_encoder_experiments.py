@@ -13,12 +13,12 @@ import xarray as xr
 from attention_by_hand import logits_by_hand
 from numpy.typing import NDArray
 from one_patch import CARRIED, CARRIES, bright_sample, carried_patch
-from test_patching import inputs_of
-from test_pattern_patching import FAMILIES, two_samples
+from test_patching import inputs_of, naive
+from test_pattern_patching import FAMILIES, projections, two_samples
 from torch import Tensor
 from zoo import ZOO, Family
 
-from mechanistic.analysis import attention_knockout, causal_tracing, scale_attention, steer
+from mechanistic.analysis import ablate, attention_knockout, causal_tracing, scale_attention, steer
 from mechanistic.capture.batch import prepare_batch
 from mechanistic.capture.dataset import Sample
 from mechanistic.capture.models import LoadedModel
@@ -227,6 +227,34 @@ def test_causal_tracing__in_the_encoder_is_the_papers_definition(seen: Seen) -> 
     if seen.name != "qwen3_vl":
         # There the first layer enters the decoder by itself, too.
         np.testing.assert_allclose(got.recovered.sel(place="all", layer=1), 1, atol=1e-3)
+
+
+def test_ablate__in_the_encoder_is_the_rows_replaced_by_hand(seen: Seen) -> None:
+    vision = seen.loaded.anatomy.stack("vision")
+    how: dict[str, Any] = {"layers": [1], "place": "subject_box", "metric": "prob", **ENCODER}
+    other = ablate(seen.samples, seen.loaded, method="resample", site="z", heads=[1], **how)
+    columns = slice(vision.head_width, 2 * vision.head_width)
+    module = f"{seen.family.layers['vision']}.1.{projections(seen.name)['z']}"
+    kept: list[Tensor] = []
+    for row in range(2):
+        rows = np.flatnonzero(seen.boxed(row)).tolist()
+        assert rows == np.flatnonzero(seen.boxed(0)).tolist()
+        pair = (seen.samples[row], seen.samples[1 - row])
+        logits = naive(seen.loaded, *pair, module, rows, before=True, heads=columns)
+        assert float(other.ablated[row, 0, 0]) == pytest.approx(seen.prob(row, logits), abs=1e-6)
+        seen.hooked(row, {1: lambda rows: kept.append(rows.clone()) or rows})
+    for method in ("mean", "zero"):
+        got = ablate(seen.samples, seen.loaded, method=method, site="resid_post", **how)
+        for row in range(2):
+            here = torch.from_numpy(seen.boxed(row))
+            new = kept[row].clone()
+            new[here] = 0
+            if method == "mean":
+                new[here] = (
+                    kept[0][torch.from_numpy(seen.boxed(0))] + kept[1][torch.from_numpy(seen.boxed(1))]
+                ) / 2
+            logits = seen.hooked(row, {1: lambda _, new=new: new})
+            assert float(got.ablated[row, 0]) == pytest.approx(seen.prob(row, logits), abs=1e-6)
 
 
 def test_encoder__its_planted_head_and_patches_are_named() -> None:

@@ -32,6 +32,11 @@ CLIP = {**{site: f"self_attn.{site}_proj" for site in "qkv"}, "z": "self_attn.ou
 INTERN = {**{site: f"attention.{site}_proj" for site in "qkv"}, "z": "attention.projection_layer"}
 
 
+def projections(name: str) -> dict[str, str]:
+    """Where the queries, keys and values of an encoder's layer come from, and its heads' outputs go to."""
+    return QWEN if "qwen" in name else INTERN if name == "internvl" else CLIP
+
+
 @dataclass(frozen=True)
 class Stored:
     """A family's model, two samples alike in length, and the run of both."""
@@ -127,7 +132,7 @@ def test_patch__every_site_of_the_encoder_is_the_loop_of_hooks(stored: Stored, s
     attention, mlp, _ = stored.family.halves_of("vision") or ("", "", "")
     before, columns, heads = site in ("resid_pre", "z"), None, None
     if site in "qkvz":
-        paths = QWEN if "qwen" in stored.name else INTERN if stored.name == "internvl" else CLIP
+        paths = projections(stored.name)
         stack = stored.loaded.anatomy.stack("vision")
         start = stack.head_width + (
             0 if paths is not QWEN or site == "z" else "qkv".index(site) * stack.width
