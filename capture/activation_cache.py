@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,16 +13,17 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mechanistic.store.errors import SpecificationError, UsageError
+from mechanistic.store.errors import SpecificationError
 
-from .hooks import ForwardInputs, Hooks, on_host, watch_inputs
+from .forward_cache import ForwardCache, weakly
+from .hooks import Hooks, on_host
 from .layer_names import layer_modules, resolve_module
 from .residual import first_tensor
 
 _DIMS = {1: ("feature",), 2: ("row", "feature"), 3: ("batch", "token", "feature")}
 
 
-class ActivationCache:
+class ActivationCache(ForwardCache[Tensor]):
     """Outputs of chosen modules, kept in host memory, forward after forward.
 
         cache = ActivationCache()
@@ -36,11 +36,8 @@ class ActivationCache:
     cache itself takes them off; what was kept stays.
     """
 
-    def __init__(self) -> None:
-        self._model: nn.Module | None = None
-        self._removal = ExitStack()
-        self._kept: dict[str, list[Tensor]] = {}
-        self._inputs: list[ForwardInputs] = []
+    _registers = "register_hooks"
+    _resolve = staticmethod(resolve_module)
 
     def register_hooks(self, model: nn.Module, layer_names: Sequence[str] | None = None) -> Hooks:
         """Watch the outputs of modules: of all layers of all stacks, or of those named.
@@ -62,29 +59,16 @@ class ActivationCache:
                 f"{type(model).__name__} has no list of layers that attend.",
                 "Name the modules to watch: layer_names=['encoder.block.0'].",
             )
-        self.remove_hooks()
-        self._start(model, paths)
-        # Only a weak reference to the cache: one that is thrown away must not go on collecting.
-        me = weakref.ref(self)
-        with ExitStack() as attached:
-            attached.callback(watch_inputs(model, _inputs_into(me)).remove)
+
+        def attach(attached: ExitStack) -> None:
             for path in paths:
-                module = model.get_submodule(path)
-                attached.callback(module.register_forward_hook(_output_into(me, path)).remove)
-            self._removal = attached.pop_all()
-        weakref.finalize(self, self._removal.close)
-        return Hooks(paths, self._removal)
+                hook = model.get_submodule(path).register_forward_hook(weakly(self._keep_output, path))
+                attached.callback(hook.remove)
 
-    def _start(self, model: nn.Module, paths: Sequence[str]) -> None:
-        if model is not self._model:
-            self.clear()
-        self._model = model
-        self._kept |= {path: self._kept.get(path, []) for path in paths}
+        return self._attach(model, paths, attach)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The paths of the modules that have been watched."""
-        return tuple(self._kept)
+    def _keep_output(self, path: str, _: nn.Module, args: Any, output: Any) -> None:
+        self._kept[path].append(on_host(first_tensor(output)))
 
     def get(self, name: str, *, forward: int = -1) -> xr.DataArray:
         """What came out of a module, of several tensors the first.
@@ -104,15 +88,7 @@ class ActivationCache:
         UsageError            nothing was registered, or the module has not run so often.
         SpecificationError    the name means no module that was watched.
         """
-        path = self._path(name)
-        runs = self._kept[path]
-        if not -len(runs) <= forward < len(runs):
-            raise UsageError(
-                f"'{name}' has run {len(runs)} times since it was registered or cleared; "
-                f"forward={forward} is not among them.",
-                "Run the model while the hooks are on.",
-            )
-        tensor = runs[forward]
+        path, tensor = self._entry(name, forward)
         dims = _DIMS.get(tensor.ndim) or ("batch", *(f"dim_{n}" for n in range(1, tensor.ndim)))
         attrs = {"layer_name": path, "source_dtype": str(tensor.dtype).removeprefix("torch.")}
         return xr.DataArray(as_array(tensor), dims=dims, name="activation", attrs=attrs)
@@ -133,55 +109,10 @@ class ActivationCache:
         """
         from .cache_run import write_residuals
 
-        model = self._require_model()
-        return write_residuals(Path(path), model, self._kept, self._inputs, processor)
-
-    def clear(self) -> None:
-        """Forget what was kept; hooks stay on."""
-        self._kept = {path: [] for path in self._kept}
-        self._inputs = []
-
-    def remove_hooks(self) -> None:
-        """Take the hooks off; the model is exactly as it was. What was kept stays."""
-        self._removal.close()
-
-    def __enter__(self) -> ActivationCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove_hooks()
-
-    def _path(self, name: str) -> str:
-        path = name if name in self._kept else resolve_module(self._require_model(), name)
-        if path not in self._kept:
-            raise SpecificationError(f"'{name}' is not watched.", f"Watched are: {', '.join(self._kept)}.")
-        return path
-
-    def _require_model(self) -> nn.Module:
-        if self._model is None:
-            raise UsageError("This cache is not attached to a model.", "Call register_hooks(model) first.")
-        return self._model
+        return write_residuals(Path(path), self._attached(), self._kept, self._inputs, processor)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
     """A numpy array; bfloat16, which numpy lacks, as float32."""
     array: NDArray[Any] = np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
     return array
-
-
-def _inputs_into(cache: weakref.ref[ActivationCache]) -> Any:
-    def seen(inputs: ForwardInputs) -> None:
-        me = cache()
-        if me is not None:
-            me._inputs.append(inputs)
-
-    return seen
-
-
-def _output_into(cache: weakref.ref[ActivationCache], path: str) -> Any:
-    def seen(_: nn.Module, args: Any, output: Any) -> None:
-        me = cache()
-        if me is not None:
-            me._kept[path].append(on_host(first_tensor(output)))
-
-    return seen

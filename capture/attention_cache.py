@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -13,10 +12,11 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from mechanistic.store.errors import CaptureError, SpecificationError, UsageError
+from mechanistic.store.errors import CaptureError, SpecificationError
 
 from .attention_rows import row_blocks
-from .hooks import ForwardInputs, Hooks, on_host, watch_inputs
+from .forward_cache import ForwardCache, weakly
+from .hooks import Hooks, on_host
 from .layer_names import attention_modules, resolve_attention
 from .tap import AttentionCall, Tap
 
@@ -59,7 +59,7 @@ class Attended:
         return whole
 
 
-class AttentionCache:
+class AttentionCache(ForwardCache[Attended]):
     """Attention weights of chosen modules, kept in host memory, forward after forward.
 
         cache = AttentionCache()
@@ -75,13 +75,14 @@ class AttentionCache:
     or the end of the cache itself takes them off; what was kept stays.
     """
 
+    _registers = "register_attention_hooks"
+    _resolve = staticmethod(resolve_attention)
+
     def __init__(self) -> None:
-        self._model: nn.Module | None = None
-        self._removal = ExitStack()
-        self._kept: dict[str, list[Attended]] = {}
-        self._inputs: list[ForwardInputs] = []
+        super().__init__()
         # Layers share masks, which are the largest tensors here: each is copied once.
         self._masks: list[tuple[Tensor, Tensor]] = []
+        self._of_module: dict[nn.Module, str] = {}
 
     def register_attention_hooks(self, model: nn.Module, layer_names: Sequence[str] | None = None) -> Hooks:
         """Watch attention modules: all of the model, or those named.
@@ -100,28 +101,52 @@ class AttentionCache:
                 f"{type(model).__name__} has no module that attends.",
                 "Pass the transformers model itself, such as pipeline.model.",
             )
-        self.remove_hooks()
-        if model is not self._model:
-            self._kept, self._inputs = {}, []
-        self._model = model
-        self._kept |= {path: self._kept.get(path, []) for path in paths}
-        # Only a weak reference to the cache: one that is thrown away must not go on collecting.
-        me, of_module = weakref.ref(self), {every[path]: path for path in paths}
-        with ExitStack() as attached:
-            attached.callback(watch_inputs(model, _inputs_into(me)).remove)
-            attached.callback(Tap(model, _call_into(me, of_module)).remove)
-            for module, path in of_module.items():
-                begin, end = _begin_into(me, path), _weights_into(me, path)
+
+        def attach(attached: ExitStack) -> None:
+            self._of_module = {every[path]: path for path in paths}
+            attached.callback(Tap(model, weakly(self._keep_call)).remove)
+            for module, path in self._of_module.items():
+                begin, end = weakly(self._begin, path), weakly(self._keep_weights, path)
                 attached.callback(module.register_forward_pre_hook(begin).remove)
                 attached.callback(module.register_forward_hook(end).remove)
-            self._removal = attached.pop_all()
-        weakref.finalize(self, self._removal.close)
-        return Hooks(paths, self._removal)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The paths of the attention modules that have been watched."""
-        return tuple(self._kept)
+        return self._attach(model, paths, attach)
+
+    def _begin(self, path: str, *_: Any) -> None:
+        self._kept[path].append(Attended())
+
+    def _keep_call(self, call: AttentionCall) -> None:
+        if call.module not in self._of_module:
+            return
+        nothing = call.value.new_empty(0, device="cpu")
+        kept = replace(
+            call,
+            query=on_host(call.query),
+            key=on_host(call.key),
+            value=nothing,
+            output=nothing,
+            mask=self._keep_mask(call.mask),
+            sinks=None if call.sinks is None else on_host(call.sinks),
+            position_bias=None if call.position_bias is None else on_host(call.position_bias),
+        )
+        self._kept[self._of_module[call.module]][-1].calls.append(kept)
+
+    def _keep_mask(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        for known, copy in self._masks:
+            if known is mask:
+                return copy
+        self._masks = [*self._masks[-1:], (mask, on_host(mask))]
+        return self._masks[-1][1]
+
+    def _keep_weights(self, path: str, _: nn.Module, args: Any, output: Any) -> None:
+        """Of modules that attend by code of their own and return the weights behind their output."""
+        last = self._kept[path][-1]
+        if last.calls or not isinstance(output, tuple):
+            return
+        if len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
+            last.weights = on_host(output[1])
 
     def get_attention(self, name: str, *, forward: int = -1) -> xr.DataArray:
         """The attention weights of a layer, A = softmax over the allowed keys of softcap(scale * q.k).
@@ -143,7 +168,12 @@ class AttentionCache:
         SpecificationError    the name means no attention module that was watched.
         CaptureError          the module ran, and attends in a way that cannot be seen.
         """
-        path, attended = self._attended(name, forward)
+        path, attended = self._entry(name, forward)
+        if not _seen(attended):
+            raise CaptureError(
+                f"'{name}' ran, and its attention was not seen: it attends by code of its own, or failed.",
+                "Watch another layer, or load the model with attn_implementation='eager'.",
+            )
         return xr.DataArray(
             attended.pattern().numpy(),
             dims=("batch", "head", "query", "key"),
@@ -173,57 +203,17 @@ class AttentionCache:
         from .cache_run import write_patterns
 
         kept = {name: [run for run in runs if _seen(run)] for name, runs in self._kept.items()}
-        return write_patterns(Path(path), self._require_model(), kept, self._inputs, processor)
+        return write_patterns(Path(path), self._attached(), kept, self._inputs, processor)
 
     def clear(self) -> None:
         """Forget what was kept; hooks stay on."""
-        self._kept = {path: [] for path in self._kept}
-        self._inputs, self._masks = [], []
+        super().clear()
+        self._masks = []
 
     def remove_hooks(self) -> None:
         """Take the hooks off; the model is exactly as it was. What was kept stays."""
-        self._removal.close()
+        super().remove_hooks()
         self._masks = []
-
-    def __enter__(self) -> AttentionCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove_hooks()
-
-    def _attended(self, name: str, forward: int) -> tuple[str, Attended]:
-        path = name if name in self._kept else resolve_attention(self._require_model(), name)
-        if path not in self._kept:
-            raise SpecificationError(f"'{name}' is not watched.", f"Watched are: {', '.join(self._kept)}.")
-        runs = self._kept[path]
-        if not -len(runs) <= forward < len(runs):
-            raise UsageError(
-                f"'{name}' has run {len(runs)} times since it was registered or cleared; "
-                f"forward={forward} is not among them.",
-                "Run the model while the hooks are on.",
-            )
-        if not _seen(runs[forward]):
-            raise CaptureError(
-                f"'{name}' ran, and its attention was not seen: it attends by code of its own, or failed.",
-                "Watch another layer, or load the model with attn_implementation='eager'.",
-            )
-        return path, runs[forward]
-
-    def _require_model(self) -> nn.Module:
-        if self._model is None:
-            raise UsageError(
-                "This cache is not attached to a model.", "Call register_attention_hooks(model) first."
-            )
-        return self._model
-
-    def _keep_mask(self, mask: Tensor | None) -> Tensor | None:
-        if mask is None:
-            return None
-        for known, copy in self._masks:
-            if known is mask:
-                return copy
-        self._masks = [*self._masks[-1:], (mask, on_host(mask))]
-        return self._masks[-1][1]
 
 
 def _seen(attended: Attended) -> bool:
@@ -238,55 +228,3 @@ def _weights(call: AttentionCall) -> Tensor:
         for sequence in range(call.query.shape[0])
     ]
     return torch.stack(rows)
-
-
-def _inputs_into(cache: weakref.ref[AttentionCache]) -> Any:
-    def seen(inputs: ForwardInputs) -> None:
-        me = cache()
-        if me is not None:
-            me._inputs.append(inputs)
-
-    return seen
-
-
-def _begin_into(cache: weakref.ref[AttentionCache], path: str) -> Any:
-    def begin(*_: Any) -> None:
-        me = cache()
-        if me is not None:
-            me._kept[path].append(Attended())
-
-    return begin
-
-
-def _call_into(cache: weakref.ref[AttentionCache], of_module: dict[nn.Module, str]) -> Any:
-    def seen(call: AttentionCall) -> None:
-        me = cache()
-        if me is None or call.module not in of_module:
-            return
-        nothing = call.value.new_empty(0, device="cpu")
-        kept = replace(
-            call,
-            query=on_host(call.query),
-            key=on_host(call.key),
-            value=nothing,
-            output=nothing,
-            mask=me._keep_mask(call.mask),
-            sinks=None if call.sinks is None else on_host(call.sinks),
-            position_bias=None if call.position_bias is None else on_host(call.position_bias),
-        )
-        me._kept[of_module[call.module]][-1].calls.append(kept)
-
-    return seen
-
-
-def _weights_into(cache: weakref.ref[AttentionCache], path: str) -> Any:
-    """For modules that attend by code of their own and return the weights behind their output."""
-
-    def seen(_: nn.Module, args: Any, output: Any) -> None:
-        me = cache()
-        if me is None or me._kept[path][-1].calls or not isinstance(output, tuple):
-            return
-        if len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
-            me._kept[path][-1].weights = on_host(output[1])
-
-    return seen
