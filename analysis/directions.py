@@ -19,6 +19,7 @@ from .representation_rows import (
     MAX_BYTES,
     Representations,
     RowBlocks,
+    finite_values,
     layer_numbers,
     representation_rows,
     sample_numbers,
@@ -162,6 +163,7 @@ def project_rows(
     MissingSiteError, SpecificationError
                     no such site, layer or token selection.
     DimensionError  features of different number, or a layer that the directions lack.
+    DataError       when computed, a value that is not finite (by sample and layer).
     """
     rows = representation_rows(data, site=site, tokens=tokens, layer=layer, labels=labels)
     feature = str(rows.dims[2])
@@ -172,8 +174,7 @@ def project_rows(
             "Directions transfer between runs of one model and one site.",
         )
     units = _layers_of(_unit(directions, own).rename({own: feature}), rows)
-    if rows.chunks is not None:
-        rows = rows.chunk({feature: -1})
+    rows = finite_values(rows, feature)
     projected = xr.dot(rows.astype(np.result_type(rows.dtype, np.float32)), units, dim=feature)
     if origin is not None:
         centre = _layers_of(origin.rename({origin.dims[-1]: feature}), rows)

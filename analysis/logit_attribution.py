@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mechanistic.store import group, site, sites
 from mechanistic.store.errors import DataError, MissingSiteError, SpecificationError
 
+from .representation_rows import finite_values
 from .splits import captured_samples
 from .token_selection import select_layers, select_tokens, token_axis
 
@@ -53,7 +54,8 @@ def logit_attribution(
     MissingSiteError    the run lacks the site, resid_post at the last token, or what readout/ must hold.
     SpecificationError  `of` is none of these, or a layer is not held.
     DataError           the highest resid_post is not what the readout reads, no sample has an answer in the
-                        readout, or no row of the site is the last prompt token.
+                        readout, or no row of the site is the last prompt token; when computed, a value
+                        that is not finite (by sample and layer).
 
     References
     ----------
@@ -64,7 +66,8 @@ def logit_attribution(
         raise SpecificationError(f"Nothing is attributed to {of!r}.", f"Choose one of {', '.join(_SITES)}.")
     readout = _readout(run)
     parts = select_layers(_last_rows(run, f"text/{of}"), layer)
-    part = parts[of if of in parts else f"{of}_last"].astype(np.float32)
+    part = parts[of if of in parts else f"{of}_last"]
+    part = finite_values(part, str(part.dims[-1])).astype(np.float32)
     part = part.drop_vars(list(part.coords))
     samples = np.asarray(parts["sample_index"].values)
     final, contrast = _final_rows(run, samples), _contrasts(run, readout, samples)
@@ -118,7 +121,8 @@ def _final_rows(run: xr.DataTree, samples: NDArray[Any]) -> xr.DataArray:
             "Capture both of the same samples: --sites 'text.*.resid_post[last]'.",
         )
     name = "resid_post_last" if "resid_post_last" in rows else "resid_post"
-    return rows[name].isel(layer=int(np.argmax(rows["layer"].values)), drop=True).isel(sample=place)
+    last = rows[name].isel(layer=[int(np.argmax(rows["layer"].values))], sample=place)
+    return finite_values(last, str(last.dims[-1])).isel(layer=0, drop=True)
 
 
 def _contrasts(run: xr.DataTree, readout: xr.Dataset, samples: NDArray[Any]) -> xr.DataArray:

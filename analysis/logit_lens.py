@@ -13,7 +13,7 @@ from mechanistic.store import group
 from mechanistic.store.errors import DataError
 
 from .readout import Readout
-from .representation_rows import layer_numbers, representation_rows, sample_numbers
+from .representation_rows import layer_numbers, representation_rows, require_finite, sample_numbers
 from .splits import row_labels
 
 Floats = NDArray[np.float32]
@@ -155,7 +155,7 @@ def _lens_kernel(
     readout: Readout,
 ) -> Floats:
     """(layer, row, 2 options + 3): logits, probabilities, right probability, gap, correct."""
-    _require_finite(residual, layer, sample)
+    require_finite(residual, layer, sample)
     words = readout.logits(residual)
     place = np.broadcast_to(place, (*words.shape[:-1], place.shape[-1]))
     answer = np.broadcast_to(answer, words.shape[:-1])
@@ -177,17 +177,6 @@ def _lens_kernel(
     known = np.concatenate([held, held, np.repeat(scored[..., None], 3, axis=-1)], axis=-1)
     packed = np.concatenate([logits, probability, single], axis=-1)
     return np.where(known, packed, np.nan).astype(np.float32)
-
-
-def _require_finite(residual: NDArray[Any], layer: NDArray[np.int64], sample: NDArray[np.int64]) -> None:
-    bad = ~np.isfinite(residual).all(axis=-1)
-    if bad.any():
-        layers = np.broadcast_to(layer, bad.shape)[bad]
-        samples = np.broadcast_to(sample, bad.shape)[bad]
-        raise DataError(
-            f"layer {layers[0]} holds NaN or infinity in {bad.sum()} rows, first of sample {samples[0]}.",
-            "Capture these samples again (half precision overflows at 65504), or leave them out.",
-        )
 
 
 def _first_layers(correct: xr.DataArray, numbers: NDArray[np.int64]) -> xr.Dataset:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import DataError
 
 from .palette import add_legend, colours, literal, new_axes, one_line, quiet, save
-from .plot_rdm import condition_labels, one_matrix
+from .plot_rdm import condition_labels, one_matrix, rows_behind
 from .splits import row_labels, split_names
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def plot_mds(
     ax.set_xlabel(f"first dimension ({share[0]:.0%} of the squared distance)")
     ax.set_ylabel(f"second dimension ({share[1]:.0%})")
     layers = f"layer {matrix['layer'].item()}, " if "layer" in matrix.coords else ""
-    ax.set_title(literal(title or f"{layers}n = {len(points):,} conditions"), fontsize=10)
+    ax.set_title(literal(title or f"{layers}n = {len(points):,} conditions{rows_behind(rdm)}"), fontsize=10)
     add_legend(ax, drawn)
     quiet(ax)
     save(figure, save_path)

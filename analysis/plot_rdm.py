@@ -70,7 +70,7 @@ def plot_rdm(
     elif count <= MAX_TICKS and "condition" in matrix.coords:
         _mark_conditions(ax, row_labels(matrix["condition"]))
     what = "condition" if by is None else f"condition, by {literal(by)}"
-    ax.set_xlabel(f"{what} (n = {count:,})")
+    ax.set_xlabel(f"{what} (n = {count:,}{rows_behind(rdm)})")
     ax.set_ylabel(what)
     ax.set_title(literal(title or _title(matrix)), fontsize=10)
     save(figure, save_path)
@@ -105,6 +105,14 @@ def one_matrix(rdm: xr.Dataset, layer: int | None) -> xr.DataArray:
             f"Choose one: layer=..., or rdm.isel({others[0]}=0).",
         )
     return matrix.isel(dict.fromkeys(matrix.dims[:-2], 0))
+
+
+def rows_behind(rdm: xr.Dataset) -> str:
+    """How many rows the conditions were averaged from, where that is more."""
+    if "n_row" not in rdm or rdm["n_row"].dims != ("condition",):
+        return ""
+    rows = int(rdm["n_row"].sum())
+    return f", of {rows:,} rows" if rows > rdm.sizes["condition"] else ""
 
 
 def condition_labels(matrix: xr.DataArray, by: str) -> NDArray[Any]:

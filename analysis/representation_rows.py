@@ -131,6 +131,40 @@ def layer_numbers(rows: xr.DataArray) -> list[int]:
     return list(range(rows.sizes["layer"]))
 
 
+def finite_values(rows: xr.DataArray, feature: str) -> xr.DataArray:
+    """The same values (layer, row, ...), lazily, but DataError instead of any that is NaN or infinite."""
+    rows = rows.chunk({feature: -1}) if rows.chunks is not None else rows
+    checked: xr.DataArray = xr.apply_ufunc(
+        _finite_kernel,
+        rows,
+        xr.DataArray(layer_numbers(rows), dims="layer"),
+        xr.DataArray(sample_numbers(rows), dims=str(rows.dims[1])),
+        input_core_dims=[[feature], [], []],
+        output_core_dims=[[feature]],
+        dask="parallelized",
+        output_dtypes=[rows.dtype],
+        keep_attrs=True,
+    )
+    return checked
+
+
+def _finite_kernel(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[Any]) -> NDArray[Any]:
+    require_finite(values, layer, sample)
+    return values
+
+
+def require_finite(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[Any]) -> None:
+    """Refuse values (..., feature) that are not finite, by layer and sample, which broadcast to (...)."""
+    bad = ~np.isfinite(values).all(axis=-1)
+    if bad.any():
+        layers = np.broadcast_to(layer, bad.shape)[bad]
+        samples = np.broadcast_to(sample, bad.shape)[bad]
+        raise DataError(
+            f"layer {layers[0]} holds NaN or infinity in {bad.sum()} rows, first of sample {samples[0]}.",
+            "Capture these samples again (half precision overflows at 65504), or leave them out.",
+        )
+
+
 class RowBlocks:
     """Blocks (1, row, feature) of each layer, small enough to hold a few.
 

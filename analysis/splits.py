@@ -41,7 +41,7 @@ def with_samples(dataset: xr.Dataset, run: xr.DataTree, columns: str | Sequence[
         if name not in held:
             raise DimensionError(
                 f"the samples of this run have no column '{name}'; they have {', '.join(held)}.",
-                "Split by one of these, or by a label that the tokens themselves have, such as 'kind'.",
+                "Name one of these, or a label that the tokens themselves have, such as 'kind'.",
             )
         if name in dataset.variables:
             raise DimensionError(

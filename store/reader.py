@@ -77,7 +77,9 @@ def site(run: xr.DataTree, name: str) -> xr.Dataset:
     held = sites(run)
     raise MissingSiteError(
         f"this run has no {path!r}; it holds {', '.join(held) or 'no sites at all'}.",
-        f"Capture it with --sites '{stack}.*.{wanted}'.",
+        f"Capture it with --sites '{stack}.*.{wanted}'."
+        if wanted
+        else f"A site is named with its stack, such as 'text/{path}'.",
     )
 
 

@@ -146,7 +146,7 @@ def test_logit_attribution__residual_of_tokens_where_there_is_no_group_of_the_la
 
 
 def test_logit_attribution__errors() -> None:
-    run, _ = attributed_run()
+    run, parts = attributed_run()
     with pytest.raises(SpecificationError, match=r"attributed to 'v'\.\n  Choose one of z, attn_out"):
         logit_attribution(run, of="v")  # type: ignore[arg-type]
     with pytest.raises(MissingSiteError, match=r"no readout/"):
@@ -164,3 +164,9 @@ def test_logit_attribution__errors() -> None:
     samples = run["samples"].to_dataset().assign(answer_index=("sample", np.full(12, -1, np.int8)))
     with pytest.raises(DataError, match="no sample has an answer"):
         logit_attribution(with_groups(run, samples=samples))
+    for name, row in {"text__z": parts["last"][11], "text__resid_post_last": 11}.items():
+        rows = run[name.replace("__", "/")].to_dataset().load().copy(deep=True)
+        values = next(iter(rows.data_vars.values())).values
+        values[3, row] = np.nan
+        with pytest.raises(DataError, match=r"layer 3 holds NaN or infinity in \d rows, first of sample 11"):
+            logit_attribution(with_groups(run, **{name: rows})).compute()

@@ -71,6 +71,7 @@ def test_plot_rdm__names_few_conditions_and_takes_axes() -> None:
     figure = Figure()
     axes = figure.subplots()
     assert plot_rdm(few, ax=axes) == (figure, axes)
+    assert axes.get_xlabel() == "condition (n = 4, of 24 rows)"
     assert [label.get_text() for label in axes.get_yticklabels()] == sorted(RELATIONS)
 
 

@@ -134,6 +134,8 @@ def test_site__missing_one_says_what_there_is(path: Path) -> None:
     with pytest.raises(MissingSiteError, match=r"no 'text/q'; it holds text/resid_post") as caught:
         site(run, "text/q")
     assert "--sites 'text.*.q'" in str(caught.value)
+    with pytest.raises(MissingSiteError, match=r"such as 'text/resid_post'\."):
+        site(run, "resid_post")
     assert isinstance(caught.value, KeyError)
 
 
