@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from isal.isal_zlib import crc32
 STAGE_BYTES = 4 << 20
 # Where a file is large, past the page cache: half the CPU time, and the model's files stay in it.
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
+_own = threading.local()
 
 
 def write_file(path: Path, pieces: Iterable[bytes]) -> tuple[int, int]:
@@ -36,8 +38,7 @@ def _write(path: Path, pieces: Iterable[bytes]) -> tuple[int, int]:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         size = crc = 0
-        # Memory that begins at a page, as writing past the cache demands.
-        stage = memoryview(mmap.mmap(-1, STAGE_BYTES))
+        stage = _stage()
         for length in _staged(pieces, stage):
             block = stage[:length]
             crc = crc32(block, crc)
@@ -48,6 +49,17 @@ def _write(path: Path, pieces: Iterable[bytes]) -> tuple[int, int]:
     finally:
         os.close(handle)
     return size, crc
+
+
+def _stage() -> memoryview:
+    """This thread's memory for what is written next: it begins at a page, as writing past the cache demands.
+
+    Kept, since pages that are new to a process cost more than what is copied into them.
+    """
+    if not hasattr(_own, "stage"):
+        _own.stage = memoryview(mmap.mmap(-1, STAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    stage: memoryview = _own.stage
+    return stage
 
 
 def _staged(pieces: Iterable[bytes], stage: memoryview) -> Iterator[int]:
