@@ -172,8 +172,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _attribute(args: argparse.Namespace) -> int:
-    from mechanistic.capture.cli import require_libraries
     from mechanistic.capture.datasets import open_dataset
+    from mechanistic.capture.libraries import require_libraries
 
     if len(args.target) > 2:
         raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from typing import Any
 
@@ -11,8 +10,10 @@ from mechanistic.store.errors import UsageError
 
 from .datasets import dataset_names, open_dataset
 from .engine_options import engine_options
-from .libraries import require_model_libraries
+from .libraries import require_libraries
 from .parts import PartOf
+from .question_options import add_question_options, question_options
+from .repair_command import add_repair_command
 from .specification import ATTENTION_SITES, CROSS_SITES, DEFAULT_SITES, RESIDUAL_SITES, TOKENS, parse_sites
 
 _EPILOG = f"""\
@@ -47,7 +48,7 @@ examples:
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Mount `capture`."""
+    """Mount `capture` and `repair`."""
     parser = commands.add_parser(
         "capture",
         help="run a model over a dataset and keep what it computes",
@@ -57,29 +58,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _what(parser.add_argument_group("what to capture"))
-    _questions(parser.add_argument_group("how to read the questions"))
+    add_question_options(parser.add_argument_group("how to read the questions"))
     _how(parser.add_argument_group("how to run"))
     _survive(parser.add_argument_group("failures, and many processes"))
     parser.set_defaults(run_command=_capture)
-    _add_repair(commands)
-
-
-def _add_repair(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    repair = commands.add_parser(
-        "repair",
-        help="recapture the samples whose data is damaged",
-        description="Find the damaged and missing chunk files of a finished run, as verify does, and capture "
-        "exactly the samples whose data they hold again, with the model and the dataset of the run.",
-    )
-    repair.add_argument("run", metavar="RUN", help="folder of a finished run, in parts or not")
-    repair.add_argument("--model-name", metavar="NAME", help="where the model is now (default: as captured)")
-    repair.add_argument(
-        "--dataset", metavar="NAME", help="where the questions are now (default: as captured)"
-    )
-    repair.add_argument("--data-root", metavar="DIR", help="where the files of the dataset are")
-    repair.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
-    _questions(repair.add_argument_group("how to read the questions, as when they were captured"))
-    repair.set_defaults(run_command=_repair)
+    add_repair_command(commands)
 
 
 def _what(group: argparse._ArgumentGroup) -> None:
@@ -112,35 +95,6 @@ def _what(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="longest answer to generate, greedily; 0 for none (default: 8)",
     )
-
-
-def _questions(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--text-only", action="store_true", help="ask the questions without images")
-    group.add_argument("--split", metavar="NAME", help="of a dataset that has several, such as test")
-    group.add_argument("--task", metavar="NAME", help="of VSR: how its statements are asked")
-    group.add_argument(
-        "--columns",
-        nargs="+",
-        type=_column,
-        metavar="FIELD=COLUMN",
-        help="columns of a table that have other names, such as question=prompt image=photo",
-    )
-    group.add_argument(
-        "--answer-is", choices=("text", "index"), help="answers of a table: an option, or its number from 0"
-    )
-
-
-def _dataset_options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in ("text_only", "split", "task", "answer_is")}
-    given["columns"] = dict(args.columns or ())
-    return {name: value for name, value in given.items() if value}
-
-
-def _column(text: str) -> tuple[str, str]:
-    field, separator, column = text.partition("=")
-    if not (field and separator and column):
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=COLUMN, such as question=prompt")
-    return field, column
 
 
 def _how(group: argparse._ArgumentGroup) -> None:
@@ -212,7 +166,7 @@ def _capture(args: argparse.Namespace) -> int:
         data_root=args.data_root,
         num_samples=args.num_samples,
         seed=args.seed,
-        **_dataset_options(args),
+        **question_options(args),
     )
     loading: dict[str, Any] = {
         name: getattr(args, name)
@@ -254,41 +208,6 @@ def _capture(args: argparse.Namespace) -> int:
     return 3 if done.failed else 0
 
 
-def _repair(args: argparse.Namespace) -> int:
-    from mechanistic.store.parts import root_attributes
-
-    attributes = root_attributes(args.run)
-    if not attributes:
-        raise UsageError(
-            f"there is no run at {args.run}.", "Check the path; `mechanistic capture` makes one."
-        )
-    about, model, capture = attributes["dataset"], attributes["model"], attributes["capture"]
-    dataset = open_dataset(
-        args.dataset or about["name"],
-        data_root=args.data_root,
-        num_samples=about["num_samples"],
-        seed=capture["seed"],
-        **_dataset_options(args),
-    )
-    require_libraries(quiet=True)
-    from .models import load_model
-    from .repair import repair_run
-
-    held: dict[str, Any] = {"device": args.device, "attention": model["attention"]}
-    if model["backend"] != "transformers":
-        options = {key: ast.literal_eval(value) for key, value in model["options"].items()}
-        held = {"device": args.device, "engine": options}
-    loaded = load_model(
-        args.model_name or model["name"],
-        backend=model["backend"],
-        dtype=model["dtype"],
-        revision=model["revision"] or None,
-        **held,
-    )
-    print(repair_run(args.run, loaded, dataset).message())
-    return 0
-
-
 def _check_parts(args: argparse.Namespace) -> None:
     given = [args.part is not None, bool(args.scheduler)]
     if args.parts and sum(given) == 1:
@@ -298,16 +217,6 @@ def _check_parts(args: argparse.Namespace) -> None:
             "--parts goes with either --part or --scheduler, and they with it.",
             "One part of 16: --parts 16 --part 3. All on a cluster: --parts 16 --scheduler tcp://host:8786.",
         )
-
-
-def require_libraries(*, quiet: bool) -> None:
-    """UsageError unless a model can be loaded; `quiet`, or with output to a file, without progress bars."""
-    require_model_libraries()
-    if quiet or not sys.stderr.isatty():
-        import transformers
-
-        library: Any = transformers
-        library.utils.logging.disable_progress_bar()
 
 
 def _positive(text: str) -> int:

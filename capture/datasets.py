@@ -75,7 +75,7 @@ def _table_path(name: str) -> Path:
             raise DatasetError(
                 f"'{path}' is the question file of {owner}; it does not say which image a question is about.",
                 f"Use --dataset {owner} --data-root '{path.parent}', with its annotations and images there "
-                f"(or text_only=True).",
+                f"(or --text-only, text_only=True).",
             )
         return path
     if path.suffix in SUFFIXES or len(path.parts) > 1:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 from mechanistic.store.errors import UsageError
 
 
@@ -15,3 +18,13 @@ def require_model_libraries() -> None:
             f"This needs torch and transformers; {cause.name or 'one of them'} is not installed.",
             'Install them: pip install "mechanistic[capture]"',
         ) from cause
+
+
+def require_libraries(*, quiet: bool) -> None:
+    """The same for a command; `quiet`, or with output to a file, models then load without progress bars."""
+    require_model_libraries()
+    if quiet or not sys.stderr.isatty():
+        import transformers
+
+        library: Any = transformers
+        library.utils.logging.disable_progress_bar()

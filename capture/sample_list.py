@@ -92,8 +92,8 @@ def first_rows(name: str, held: int, num_samples: int | None) -> int:
         return held
     if not 1 <= num_samples <= held:
         raise DatasetError(
-            f"{name} has {held} rows; num_samples={num_samples} asks for another number.",
-            f"Use 1 to {held}, or leave it out for all.",
+            f"{name} has {held} rows; {num_samples} were asked for.",
+            f"Use --num-samples (num_samples) from 1 to {held}, or leave it out for all.",
         )
     return num_samples
 

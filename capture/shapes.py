@@ -65,12 +65,12 @@ class Shapes:
         if self.split not in SPLITS:
             raise DatasetError(
                 f"shapes has no split {self.split!r}; it has {' and '.join(SPLITS)}.",
-                "Use Shapes(split='held_out').",
+                "Use --split held_out, or Shapes(split='held_out').",
             )
         if self.num_samples < 1 or self.seed < 0:
             raise DatasetError(
                 f"shapes: num_samples={self.num_samples}, seed={self.seed}.",
-                "num_samples is 1 or more and seed is 0 or more: Shapes(num_samples=400, seed=0).",
+                "Use 1 sample or more, a seed of 0 or more: --num-samples 400 --seed 0, Shapes(400, seed=0).",
             )
         if not 0 <= self.distractor <= 1:
             raise DatasetError(

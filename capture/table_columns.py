@@ -58,7 +58,7 @@ def choose_columns(
     if absent:
         raise DatasetError(
             f"{where} has no column {absent[0]!r}; it has {', '.join(table.columns)}.",
-            "Name columns that exist: columns={'question': 'COLUMN'}.",
+            "Name columns that exist: --columns question=COLUMN, or columns={'question': 'COLUMN'}.",
         )
     fields = {field: column for field, column in given.items() if field in FIELDS}
     for field, names in FIELDS.items():
@@ -68,7 +68,7 @@ def choose_columns(
     if "question" not in fields:
         raise DatasetError(
             f"{where} has no column 'question'; it has {', '.join(table.columns) or 'none'}.",
-            "Say which one it is: columns={'question': 'COLUMN'}.",
+            "Say which one it is: --columns question=COLUMN, or columns={'question': 'COLUMN'}.",
         )
     renamed = {column: name for name, column in given.items() if name not in FIELDS}
     extras = {renamed.get(name, name): name for name in table.columns if name not in fields.values()}
@@ -76,7 +76,8 @@ def choose_columns(
     if taken:
         raise DatasetError(
             f"{where} has a column '{taken[0]}', which is a run's own name.",
-            f"Give it another: columns={{'their_{taken[0]}': '{extras[taken[0]]}'}}.",
+            f"Give it another: --columns their_{taken[0]}={extras[taken[0]]}, "
+            f"or columns={{'their_{taken[0]}': '{extras[taken[0]]}'}}.",
         )
     return fields, extras
 

@@ -33,7 +33,7 @@ def open_table(path: Path, split: str | None = None) -> Table:
         return _open_folder(path, split)
     if split is not None:
         raise DatasetError(
-            f"'{path}' is one file and has no splits; split={split!r} was asked for.", "Leave split out."
+            f"'{path}' is one file and has no splits; '{split}' was asked for.", "Leave split out."
         )
     if path.suffix not in SUFFIXES:
         raise DatasetError(
@@ -122,10 +122,12 @@ def _chosen(splits: Sequence[str], split: str | None, path: Path) -> str:
         return splits[0]
     if split in splits:
         return str(split)
+    if not splits:
+        raise DatasetError(f"'{path}' has no splits.", "The folder is empty: save the dataset again.")
     wanted = "none was named" if split is None else f"not {split!r}"
     raise DatasetError(
-        f"'{path}' has the splits {', '.join(splits) or '(none)'}; {wanted}.",
-        f"Choose one: split={splits[-1]!r}." if splits else "The folder is empty: save the dataset again.",
+        f"'{path}' has the splits {', '.join(splits)}; {wanted}.",
+        f"Choose one: --split {splits[-1]}, or split={splits[-1]!r}.",
     )
 
 

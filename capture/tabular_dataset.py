@@ -103,20 +103,12 @@ def open_tabular(
     table = open_table(path, split)
     name = path.stem if path.is_file() else path.resolve().name
     fields, extras = choose_columns(table, columns, f"'{path}'")
-    if "images" not in fields and not text_only:
-        raise DatasetError(
-            f"'{path}' has no column with images; it has {', '.join(table.columns)}.",
-            f"Call it {' or '.join(FIELDS['images'])}, say columns={{'image': 'COLUMN'}}, "
-            "or text_only=True to ask without.",
-        )
-    held = first_rows(name, len(table), num_samples)
+    images = None if text_only else _image_column(fields, table, path)
     coordinates, problems = read_coordinates(table, extras)
     texts = {field: table.column(column) for field, column in fields.items() if field != "images"}
     reader = _Reader(texts, coordinates, Order(seed, shuffle, answer_is), problems)
     reader.check_answers(f"'{path}'")
-    kept = [(row, sample) for row in range(held) if (sample := reader.sample(row)) is not None]
-    rows, samples = [row for row, _ in kept], [sample for _, sample in kept]
-    images = None if text_only else fields["images"]
+    rows, samples = reader.samples(first_rows(name, len(table), num_samples))
     if images is not None and not table.is_binary(images):
         problems += _without_image(table.column(images), rows)
     return TabularDataset(
@@ -135,6 +127,16 @@ def open_tabular(
             "answer_is": answer_is,
         },
     )
+
+
+def _image_column(fields: Mapping[str, str], table: Table, path: Path) -> str:
+    if "images" not in fields:
+        raise DatasetError(
+            f"'{path}' has no column with images; it has {', '.join(table.columns)}.",
+            f"Call it {' or '.join(FIELDS['images'])}, or say --columns image=COLUMN (columns={{'image': "
+            "'COLUMN'}); --text-only (text_only=True) asks without.",
+        )
+    return fields["images"]
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,16 @@ class _Reader:
         if self.order.answer_is == "text" and numbers and all(numbers):
             raise DatasetError(
                 f"{where}: the answers are numbers that are not among the options.",
-                "If they count the options from 0, say answer_is='index'.",
+                "If they count the options from 0, say --answer-is index, or answer_is='index'.",
             )
 
+    def samples(self, count: int) -> tuple[list[int], list[Sample]]:
+        """The first rows that have a question: which they are, and what they ask."""
+        kept = [(row, sample) for row in range(count) if (sample := self.sample(row)) is not None]
+        return [row for row, _ in kept], [sample for _, sample in kept]
+
     def sample(self, row: int) -> Sample | None:
+        """A row as a sample; None, noted, where it asks nothing."""
         published = self._text("question", row)
         if not published.strip():
             self._note(row, "no question", "there is no question")

@@ -234,7 +234,7 @@ def _image_folders(files: Files, captions: Sequence[dict[str, Any]]) -> dict[str
             raise DatasetError(
                 f"VSR: '{files.root}' lacks the images, in {name or 'images'}/ or images/.",
                 f"Put {' and '.join(f'{each}/' for each in wanted if each)} there ({WHERE_FROM}). "
-                "text_only=True asks without images.",
+                "--text-only (text_only=True) asks without images.",
             )
         found[name] = existing
     return found

@@ -226,7 +226,7 @@ def _find(source: Source, data_root: str | Path | None, text_only: bool) -> File
         missing += [] if annotations else [f"{source.annotations} (which image each question is about)"]
         missing += [] if images and images.is_dir() else [f"{source.images}/ (the images)"]
     if missing or questions is None:
-        blind = "" if questions is None or text_only else " text_only=True asks without images."
+        blind = "" if questions is None or text_only else " --text-only (text_only=True) asks without images."
         raise DatasetError(
             f"{source.name}: '{root}' lacks {listed(missing, 'and')}.",
             f"Put {listed(needed, 'and')} there ({WHERE_FROM}).{blind}",

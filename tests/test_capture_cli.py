@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mechanistic.analysis.cli import main
-from mechanistic.capture import cli
 from mechanistic.capture.cli import add_commands
 from mechanistic.capture.datasets import open_dataset
+from mechanistic.capture.question_options import question_options
 from mechanistic.capture.specification import DEFAULT_SITES, SITES, TOKENS
 from mechanistic.store import open_run, site
 
@@ -118,7 +118,7 @@ def test_capture__reads_a_table_as_its_options_say(
     add_commands(parser.add_subparsers())
     named = ["--columns", "question=asked", "--answer-is", "index", "--text-only"]
     args = parser.parse_args([*ask, str(tmp_path / "run"), *named])
-    sample = open_dataset(str(table), **cli._dataset_options(args))[0]
+    sample = open_dataset(str(table), **question_options(args))[0]
     assert (sample.question, sample.answer, sample.images) == ("Is the cat left of the dog?", "no", ())
     with pytest.raises(SystemExit):
         parser.parse_args([*ask, str(tmp_path / "run"), "--columns", "asked"])

@@ -223,7 +223,7 @@ def test_shapes__images_are_png_without_metadata() -> None:
     ("options", "message"),
     [
         ({"split": "test"}, "no split 'test'; it has held_out and train"),
-        ({"num_samples": 0}, "num_samples=0.*\n  num_samples is 1 or more"),
+        ({"num_samples": 0}, "num_samples=0.*\n  Use 1 sample or more"),
         ({"seed": -1}, "seed=-1"),
         ({"distractor": 1.5}, "distractor=1.5 is not a share"),
     ],

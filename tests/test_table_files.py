@@ -52,7 +52,8 @@ def test_parquet__shards_of_a_split_are_one_table(folder: Path) -> None:
     pq.write_table(table.slice(0, 3), folder / "data/test-00000-of-00002.parquet")
     pq.write_table(table.slice(3), folder / "data/test-00001-of-00002.parquet")
     with pytest.raises(
-        DatasetError, match=r"has the splits test, train; none was named\.\n  Choose one: split="
+        DatasetError,
+        match=r"has the splits test, train; none was named\.\n  Choose one: --split train, or split='train'",
     ):
         open_tabular(folder)
     dataset = open_tabular(folder, split="test")

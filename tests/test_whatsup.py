@@ -160,7 +160,7 @@ def test_whatsup__num_samples_takes_the_first_rows(tmp_path: Path) -> None:
     assert list(three) == list(everything)[:3]
     assert three.fingerprint() != everything.fingerprint()
     assert [problem.row for problem in three.problems] == [2, 1]
-    with pytest.raises(DatasetError, match=r"has 6 rows; num_samples=7 .*\n  Use 1 to 6"):
+    with pytest.raises(DatasetError, match=r"has 6 rows; 7 were asked for\.\n  Use --num-samples .*1 to 6"):
         open_whatsup("COCO_QA_two_obj", tmp_path, num_samples=7)
 
 
