@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from mechanistic.store import RunWriter
 from mechanistic.store.errors import MechanisticError, SpecificationError
@@ -35,7 +34,7 @@ from .progress import Progress
 from .prompts import build_prompt
 from .proof import Proof
 from .read_ahead import ReadAhead
-from .readout import head_readout
+from .readout import with_heads
 from .run_description import CaptureSettings, run_attributes, run_groups
 from .sites import resolve_sites
 from .survey import answer_words, survey
@@ -77,9 +76,10 @@ class Job:
         self.texts = TokenTexts(loaded.tokenizer)
         self._committed = 0.0
 
+    @cached_property
     def price(self) -> Price:
         """The price from a few samples spread over the dataset, with answers as long as they may get."""
-        numbers = np.unique(np.linspace(self.span.start, self.span.stop - 1, PRICE_PROBES).astype(int))
+        numbers = np.unique(np.linspace(0, len(self.dataset) - 1, PRICE_PROBES).astype(int))
         probes: list[Batch] = []
         for number in numbers.tolist():
             try:
@@ -134,17 +134,14 @@ class Job:
             progress.say(f"{self.path} has {writer.samples} of {len(self.span)} samples; continuing")
         done, self._committed = self.span.start + writer.samples, time.monotonic()
         with WriteBehind() as behind:
-            for window in windows(self.span, self.settings.batch_size):
+            for window in self.windows(self.span):
                 if window[-1] < done:
                     continue
-                plan = self.plan(window)
-                left = [batch for batch in plan if batch[-1] >= done]
                 try:
-                    pieces = self.window(left, progress, interruption, fail_fast=fail_fast)
-                    # All of the window, or after a signal what of it is whole.
-                    ready = committable(plan, {*pieces, *range(window[0], done)})
-                    rows = [pieces[number] for number in ready if number >= done]
+                    rows = self._window_rows(window, done, progress, interruption, fail_fast=fail_fast)
                     behind.put(partial(self._write, writer, rows, progress))
+                    # Else they would stay in memory, written, until the next window is there.
+                    del rows
                     interruption.check()
                 except BaseException:
                     behind.wait()
@@ -167,6 +164,16 @@ class Job:
         writer.expect(writer.samples)
         writer.finish()
 
+    def _window_rows(
+        self, window: list[int], done: int, progress: Progress, interruption: Interruption, *, fail_fast: bool
+    ) -> list[Rows]:
+        """The rows of a window from sample `done` on, in order; after a signal of what of it is whole."""
+        plan = self.plan(window)
+        left = [batch for batch in plan if batch[-1] >= done]
+        pieces = self.window(left, progress, interruption, fail_fast=fail_fast)
+        ready = committable(plan, {*pieces, *range(window[0], done)})
+        return [pieces[number] for number in ready if number >= done]
+
     def _write(self, writer: RunWriter, pieces: Sequence[Rows], progress: Progress) -> None:
         self.append(writer, pieces, progress)
         if time.monotonic() - self._committed > COMMIT_SECONDS:
@@ -179,6 +186,10 @@ class Job:
             before = {group.path: writer.rows(group.path) for group in self.groups}
             writer.append(self.placed(rows, before), samples=1)
             progress.advance(1, len(rows["tokens/text"]["position"]), lambda: writer.bytes_written)
+
+    def windows(self, span: range) -> Iterator[list[int]]:
+        """The samples of a span that are captured, then written, together; of every part the same."""
+        return windows(span, self.settings.batch_size, self.price.sample)
 
     def plan(self, numbers: Sequence[int]) -> list[list[int]]:
         """The batches of a window."""
@@ -262,6 +273,8 @@ class Job:
             rows |= image_rows(batch, 0, stored=self.settings.images)
         for site in self.sites:
             rows[site.label_group] = site_rows(site, batch)
+            if site.key_group is not None:
+                rows[site.key_group] = joined(batch.table("xk"))
         for group, values in arrays.items():
             rows[group] = {**values, **rows.get(group, {})}
         return rows
@@ -284,19 +297,4 @@ class Job:
         words = answer_words(self.loaded.tokenizer, prompt.text, self.survey.answers)
         built = self.backend.readout(words)
         if built is not None:
-            writer.put_static("readout", *self._with_heads(*built))
-
-    def _with_heads(self, readout: xr.Dataset, attrs: dict[str, Any]) -> tuple[xr.Dataset, dict[str, Any]]:
-        """The readout with that of each captured head; `no_head_readout` says why there is none."""
-        found = [site for site in self.sites if site.group == "text/z"]
-        if not found:
-            return readout, attrs
-        (site,) = found
-        assert site.heads is not None
-        proof = self.proof.stacks["text"]
-        heads: xr.Dataset | str = proof.projection_problem or head_readout(
-            readout, attrs, proof.projections, site.layers, site.heads, site.stack.head_width
-        )
-        if isinstance(heads, str):
-            return readout, {**attrs, "no_head_readout": heads}
-        return readout.merge(heads), attrs
+            writer.put_static("readout", *with_heads(*built, self.sites, self.proof.stacks["text"]))

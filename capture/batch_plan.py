@@ -10,13 +10,16 @@ from PIL import Image
 
 from .dataset import ImageSource, LoadedImage, Sample
 
-# Results wait in memory for the samples before them, so a window is also what a job holds at most.
+# Rows wait in memory for the samples before them: a job holds those of one window, and of another that is
+# being written. A batch that is larger by itself is a window of its own.
 WINDOW_BATCHES = 4
+WINDOW_BYTES = 256 << 20
 
 
-def windows(numbers: range, batch_size: int) -> Iterator[list[int]]:
-    """Consecutive samples, some batches at a time: a run is committed at the end of a window."""
-    step = WINDOW_BATCHES * batch_size
+def windows(numbers: range, batch_size: int, sample_bytes: float) -> Iterator[list[int]]:
+    """Consecutive samples, as many batches at a time as the rows of such samples let wait in memory."""
+    fitting = int(WINDOW_BYTES / max(1.0, sample_bytes * batch_size))
+    step = max(1, min(WINDOW_BATCHES, fitting)) * batch_size
     for first in range(numbers.start, numbers.stop, step):
         yield list(range(first, min(first + step, numbers.stop)))
 

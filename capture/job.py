@@ -112,7 +112,7 @@ def capture_run(
         # A merged run of the same job is no longer in parts.
         job = Job(loaded, dataset, Path(path), settings, own if held != Path(path) else None)
         if not holds_something(held):
-            check_price(job.price(), yes=yes)
+            check_price(job.price, yes=yes)
         before = read_manifest(held).samples if finished else None
         with Interruption() as interruption:
             if not finished:
@@ -194,4 +194,4 @@ def price_run(
     """What `capture_run` would cost on disk: a few prompts are encoded, no forward runs. Raises like it."""
     settings = CaptureSettings(parse_sites(sites), max_new_tokens=max_new_tokens, images=images)
     with _running(model, loading) as loaded:
-        return Job(loaded, dataset, Path(path), settings).price()
+        return Job(loaded, dataset, Path(path), settings).price

@@ -51,9 +51,14 @@ class Price:
     free: int
 
     @property
+    def sample(self) -> float:
+        """Bytes of one sample, uncompressed."""
+        return sum(site.raw for site in self.sites) + self.other
+
+    @property
     def raw(self) -> float:
         """Bytes of the whole job, uncompressed."""
-        return self.samples * (sum(site.raw for site in self.sites) + self.other)
+        return self.samples * self.sample
 
     @property
     def stored(self) -> float:
@@ -92,7 +97,7 @@ def price(
     for site in sites:
         rows = float(np.mean([len(rows_of(site, batch)[0]) for batch in probes]))
         values = rows
-        if site.spec.site == "pattern":
+        if site.spec.kind == "pattern":
             values = float(np.mean([RowSite(site, batch).entries for batch in probes]))
         computed = "float32" if site.spec.site in ROW_SITES else site.source_dtype
         raw = values * site.row_bytes + rows * TOKEN_BYTES

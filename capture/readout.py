@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy
 from .output_projection import OutputProjection
+
+if TYPE_CHECKING:
+    from .proof import StackProof
+    from .sites import ResolvedSite
 
 # Of more words and heads than this they are left out, which the group's attributes say.
 _HEADS_BYTES = 256 << 20
@@ -56,6 +60,23 @@ def build_readout(
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     return xr.Dataset(variables, coords), {**described, "softcap": softcap}
+
+
+def with_heads(
+    readout: xr.Dataset, attrs: dict[str, Any], sites: Sequence[ResolvedSite], proof: StackProof
+) -> tuple[xr.Dataset, dict[str, Any]]:
+    """The readout with that of each captured head; `no_head_readout` says why there is none."""
+    found = [site for site in sites if site.group == "text/z"]
+    if not found:
+        return readout, attrs
+    (site,) = found
+    assert site.heads is not None
+    heads: xr.Dataset | str = proof.projection_problem or head_readout(
+        readout, attrs, proof.projections, site.layers, site.heads, site.stack.head_width
+    )
+    if isinstance(heads, str):
+        return readout, {**attrs, "no_head_readout": heads}
+    return readout.merge(heads), attrs
 
 
 def head_readout(

@@ -26,7 +26,6 @@ from mechanistic.store.repair import (
 
 from .batch_attempts import attempt
 from .batch_job import Job
-from .batch_plan import windows
 from .dataset import Dataset
 from .failures import SampleError, failed_rows
 from .models import LoadedModel
@@ -192,7 +191,7 @@ class Repair:
             number_rows.setdefault(number, []).append(row)
         for span in self.spans:
             again: list[tuple[int, Rows]] = []
-            for window in windows(span, self.job.settings.batch_size):
+            for window in self.job.windows(span):
                 if not any(row in wanted for number in window for row in number_rows[number]):
                     continue
                 pieces = self._window(window, {n for n in window if wanted & set(number_rows[n])})

@@ -84,7 +84,7 @@ def test_batches__are_of_similar_length_whatever_comes_before() -> None:
     planned = {
         start: [
             batches({n: asked[n] for n in window}, 3)
-            for window in windows(range(start, 20), 3)
+            for window in windows(range(start, 20), 3, 1.0)
             if window[0] >= 9
         ]
         for start in (0, 3, 9)
@@ -93,6 +93,18 @@ def test_batches__are_of_similar_length_whatever_comes_before() -> None:
     assert sorted(number for window in planned[0] for batch in window for number in batch) == [*range(9, 20)]
     everything = batches(dict(enumerate(asked)), 10)
     assert everything == [list(range(1, 20, 2)), list(range(0, 20, 2))]
+
+
+def test_windows__are_as_many_batches_as_may_wait_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", WINDOW_BATCHES)
+    limit = batch_plan.WINDOW_BYTES
+    for sample_bytes, sizes in (
+        (1, [8, 8, 4]),
+        (limit / 4, [4] * 5),
+        (limit, [2] * 10),
+        (9 * limit, [2] * 10),
+    ):
+        assert [len(window) for window in windows(range(20), 2, sample_bytes)] == sizes
 
 
 def test_committable__is_whole_batches_from_the_beginning() -> None:

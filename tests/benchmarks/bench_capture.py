@@ -30,7 +30,6 @@ from typing import Any
 
 from mechanistic.capture.batch import Batch, prepare_batch
 from mechanistic.capture.batch_job import Job
-from mechanistic.capture.batch_plan import batches
 from mechanistic.capture.dataset import Sample
 from mechanistic.capture.forward import capture_forward
 from mechanistic.capture.interruption import Interruption
@@ -101,18 +100,16 @@ class Contender:
         self.loaded = build(arguments.layers, arguments.width, "eager" if name == "transformers" else "sdpa")
         self.dataset = Questions(arguments.samples)
         self.settings = CaptureSettings(parse_sites(SITES), arguments.batch_size, 0, images=False)
-        asked = {number: self.dataset[number] for number in range(len(self.dataset))}
-        self.plan = batches(asked, arguments.batch_size)
+        self.job = Job(self.loaded, self.dataset, Path(), self.settings)
+        self.plan = [batch for window in self.job.windows(self.job.span) for batch in self.job.plan(window)]
         self.texts = TokenTexts(self.loaded.tokenizer)
         self.turn: Callable[[Path], Any] = getattr(self, name)
-        self.job: Job | None = None
         self.proof_seconds = 0.0
 
-    def ready(self, folder: Path) -> None:
+    def ready(self) -> None:
         """What is done once for a whole job."""
         if self.turn.__name__ in ("hooks", "store"):
             before = cpu_seconds()
-            self.job = Job(self.loaded, self.dataset, folder / "run", self.settings)
             assert self.job.proof is not None
             self.proof_seconds = cpu_seconds() - before
 
@@ -132,13 +129,11 @@ class Contender:
 
     def hooks(self, folder: Path) -> None:
         """Everything but the store."""
-        assert self.job is not None
         for batch in self.inputs():
             capture_forward(self.loaded, batch, self.job.sites, self.job.proof.halves, self.job.proof.rules)
 
     def store(self, folder: Path) -> None:
         """A whole job."""
-        assert self.job is not None
         self.job.path = self.job.root = folder / "run"
         progress = Progress(len(self.dataset), stream=io.StringIO(), quiet=True)
         with self.job.open() as writer:
@@ -187,7 +182,7 @@ def serve(name: str, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     contender = Contender(name, arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        contender.ready(Path(scratch))
+        contender.ready()
         print(json.dumps({"proof": contender.proof_seconds}), flush=True)
         for number, _ in enumerate(sys.stdin):
             folder = Path(scratch) / str(number)

@@ -1,4 +1,4 @@
-"""Throughput of a capture job with and without writing, in one run, on the bundled model.
+"""A capture job on the bundled model: its throughput with and without writing, and its memory.
 
 python tests/benchmarks/bench_job.py [--num-samples 200]
 """
@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 from mechanistic.capture.batch_job import Job
-from mechanistic.capture.batch_plan import windows
 from mechanistic.capture.interruption import Interruption
-from mechanistic.capture.models import load_model
+from mechanistic.capture.models import LoadedModel, load_model
 from mechanistic.capture.progress import Progress
 from mechanistic.capture.run_description import CaptureSettings
 from mechanistic.capture.shapes import Shapes
@@ -30,24 +29,45 @@ def main() -> None:
     count = parser.parse_args().num_samples
     loaded = load_model("spatial-tiny")
     settings = CaptureSettings(parse_sites(SITES), batch_size=16)
+    with tempfile.TemporaryDirectory() as folder:
+        throughput(loaded, settings, count, Path(folder))
+        memory(loaded, settings, count, Path(folder))
+
+
+def throughput(loaded: LoadedModel, settings: CaptureSettings, count: int, folder: Path) -> None:
+    """The same samples with and without writing, by turns."""
     progress = Progress(count, stream=io.StringIO(), quiet=True)
     rates: dict[str, list[float]] = {"without writing": [], "with writing": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(3):
-            job = Job(loaded, Shapes(count), Path(folder) / str(repeat), settings)
-            with job.open() as writer:
-                begun = time.perf_counter()
-                for window in windows(job.span, settings.batch_size):
-                    job.window(job.plan(window), progress, Interruption())
-                rates["without writing"].append(count / (time.perf_counter() - begun))
-                begun = time.perf_counter()
-                job.run(writer, progress, Interruption())
-                rates["with writing"].append(count / (time.perf_counter() - begun))
-                written = writer.bytes_written
+    for repeat in range(3):
+        job = Job(loaded, Shapes(count), folder / str(repeat), settings)
+        with job.open() as writer:
+            begun = time.perf_counter()
+            for window in job.windows(job.span):
+                job.window(job.plan(window), progress, Interruption())
+            rates["without writing"].append(count / (time.perf_counter() - begun))
+            begun = time.perf_counter()
+            job.run(writer, progress, Interruption())
+            rates["with writing"].append(count / (time.perf_counter() - begun))
+            written = writer.bytes_written
     for name, found in rates.items():
         print(f"{name:16}{max(found):8.1f} samples/s, best of 3")
     ratio = max(rates["with writing"]) / max(rates["without writing"])
     print(f"ratio {ratio:.2f}, {written / 1e6:.0f} MB a run")
+
+
+def memory(loaded: LoadedModel, settings: CaptureSettings, count: int, folder: Path) -> None:
+    """The largest resident memory during a run, and during one ten times longer."""
+    for samples in (count, 10 * count):
+        progress = Progress(samples, stream=io.StringIO(), quiet=True)
+        job = Job(loaded, Shapes(samples), folder / f"memory{samples}", settings)
+        # Linux then counts the peak from here on.
+        Path("/proc/self/clear_refs").write_text("5")
+        with job.open() as writer:
+            job.run(writer, progress, Interruption())
+            written = writer.bytes_written
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) * 1024
+        print(f"{samples} samples, {written / 1e6:.0f} MB: peak {peak / 1e6:.0f} MB resident")
 
 
 if __name__ == "__main__":
