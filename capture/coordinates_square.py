@@ -6,11 +6,13 @@ What differs is how many tokens stand before the patches, and what the decoder g
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from mechanistic.store.errors import ModelError
+import numpy as np
 
-from .patches import NO_PATCHES, Geometry, ImageLayout, Patches, square_grid
+from .patches import NO_PATCHES, Geometry, ImageLayout, Patches, end_to_end, square_grid
 
 
 def resized_and_cropped(processor: Any, width: int, height: int) -> tuple[Geometry, int, int]:
@@ -83,16 +85,43 @@ def paligemma(model: Any, processor: Any, width: int, height: int, images: int) 
 
 
 def gemma3(model: Any, processor: Any, width: int, height: int, images: int) -> ImageLayout:
-    """Gemma 3: the decoder gets means over squares of patches, `mm_tokens_per_image` of them."""
-    if processor.image_processor.do_pan_and_scan:
-        raise ModelError(
-            "This Gemma 3 processor crops images by pan and scan, whose crops are not labelled.",
-            "Set processor.image_processor.do_pan_and_scan = False.",
-        )
-    geometry, grid = encoder_grid(model, processor, width, height)
+    """Gemma 3: the decoder gets means over squares of patches, `mm_tokens_per_image` of them.
+
+    The image as a whole is tile 0; pan and scan, where it is on, puts crops behind it, each stretched alike.
+    """
     side = math.isqrt(model.config.mm_tokens_per_image)
-    patch = vision_config(model).patch_size * math.isqrt(len(grid)) // side
-    return ImageLayout(square_grid(geometry, side, side, patch), grid)
+    parts: list[ImageLayout] = []
+    for left, top, crop_w, crop_h in [(0, 0, width, height), *_pan_and_scan(processor, width, height)]:
+        crop, grid = encoder_grid(model, processor, crop_w, crop_h)
+        geometry = replace(crop, width=width, height=height, offset_x=left, offset_y=top)
+        patch = vision_config(model).patch_size
+        cells = math.isqrt(len(grid))
+        squares, patches = ((side, patch * cells // side), (cells, patch))
+        both = [square_grid(geometry, n, n, size).as_tile(len(parts)) for n, size in (squares, patches)]
+        parts.append(ImageLayout(*both))
+    return ImageLayout(
+        end_to_end([each.decoder for each in parts]), end_to_end([each.encoder for each in parts])
+    )
+
+
+def _pan_and_scan(processor: Any, width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    """Left, top, width and height of each crop, by the library's own function; they follow one another."""
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    # What a processor says of images holds before what its image processor says by itself.
+    settings = processor.image_processor
+    names = ("min_crop_size", "max_num_crops", "min_ratio_to_activate")
+    given = {
+        name: getattr(settings, name) for name in ("do_pan_and_scan", *(f"pan_and_scan_{n}" for n in names))
+    }
+    given |= {name: value for name, value in getattr(processor, "images_kwargs", {}).items() if name in given}
+    if not given.pop("do_pan_and_scan"):
+        return
+    left = top = 0
+    for crop in Gemma3ImageProcessorPil.pan_and_scan(settings, np.empty((1, height, width), bool), **given):
+        crop_h, crop_w = crop.shape[1:]
+        yield left, top, crop_w, crop_h
+        left, top = (left + crop_w, 0) if width >= height else (0, top + crop_h)
 
 
 def class_token_encoder(model: Any, processor: Any, width: int, height: int, images: int) -> ImageLayout:

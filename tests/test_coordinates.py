@@ -168,8 +168,18 @@ def test_image_layout__model_and_processor_must_belong_together(name: str) -> No
         image_layout(loaded.model, loaded.processor, 64, 64)
 
 
-def test_image_layout__pan_and_scan_is_refused() -> None:
-    loaded = ZOO["gemma3"].build()
-    loaded.processor.image_processor.do_pan_and_scan = True
-    with pytest.raises(ModelError, match="pan and scan"):
-        image_layout(loaded.model, loaded.processor, 64, 64)
+def test_image_layout__pan_and_scan_puts_crops_behind_the_image() -> None:
+    loaded = ZOO["gemma3_cropping"].build()
+    square, long, tall = (
+        image_layout(loaded.model, loaded.processor, *size).decoder for size in ((64, 60), (98, 40), (20, 90))
+    )
+    assert set(square.tile.tolist()) == {0}
+    assert np.nanmax(long.box[long.tile == 0, 2]) == 98
+    edges = [
+        (float(long.box[long.tile == n, 0].min()), float(long.box[long.tile == n, 2].max())) for n in (1, 2)
+    ]
+    assert edges == [(0, 49), (49, 98)]
+    # Three at most, though it is more than four times as tall as it is wide.
+    assert [float(tall.box[tall.tile == n, 1].min()) for n in (1, 2, 3)] == [0, 30, 60]
+    loaded.processor.images_kwargs = {**loaded.processor.images_kwargs, "do_pan_and_scan": False}
+    assert set(image_layout(loaded.model, loaded.processor, 98, 40).decoder.tile.tolist()) == {0}

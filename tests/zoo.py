@@ -15,7 +15,7 @@ from tiny_models import picture
 from zoo_encoders import bert, gemma2, gpt2, gpt_oss, sees_only, text_only, two_towers_clip, two_towers_siglip
 from zoo_parts import HUB, TEXT
 from zoo_queried import blip, mllama, queried
-from zoo_vision_language import gemma3, idefics3, internvl, llava, onevision, paligemma, qwen
+from zoo_vision_language import gemma3, gemma3_cropping, idefics3, internvl, llava, onevision, paligemma, qwen
 
 from mechanistic.capture.dataset import Sample
 from mechanistic.capture.models import LoadedModel
@@ -159,6 +159,13 @@ ZOO: dict[str, Family] = {
         gemma3,
         TOWER,
         {"text": ["sliding_window_image_blocks", "causal_image_blocks"], "vision": ["per_image"]},
+        halves=NORMED,
+    ),
+    "gemma3_cropping": Family(
+        gemma3_cropping,
+        TOWER,
+        {"text": ["sliding_window_image_blocks", "causal_image_blocks"], "vision": ["per_image"]},
+        sizes=((32, 32), (50, 30), (30, 100)),
         halves=NORMED,
     ),
     "paligemma": Family(paligemma, TOWER, {"text": ["prefix"], "vision": ["per_image"]}),

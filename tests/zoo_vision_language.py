@@ -43,6 +43,14 @@ def qwen(name: str, vision: Mapping[str, Any]) -> LoadedModel:
     return grown(getattr(HUB, f"{name}ForConditionalGeneration")(config), processor, name)
 
 
+def gemma3_cropping() -> LoadedModel:
+    """Gemma 3 whose processor adds crops of long images, up to three."""
+    loaded = gemma3()
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16, "pan_and_scan_max_num_crops": 3}
+    loaded.processor.images_kwargs = {**loaded.processor.images_kwargs, **crops}
+    return loaded
+
+
 def gemma3() -> LoadedModel:
     """Gemma 3 with one local and one global layer."""
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
