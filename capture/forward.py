@@ -63,7 +63,8 @@ class Collector:
     def take(self, stack: str, layer: int, name: str, tensor: Tensor) -> None:
         """Keep what is wanted of one tensor (batch, token, ...); an encoder may give its tokens in pieces."""
         for site in self.sites.get((stack, name), ()):
-            if layer not in site.layers:
+            # A batch may hold none of the tokens, such as options that no question names.
+            if layer not in site.layers or not len(self.where[site.group][0]):
                 continue
             if (site.group, layer) not in self._missing:
                 raise CaptureError(

@@ -197,17 +197,18 @@ def _layers(spec: SiteSpec, stack: Stack) -> tuple[int, ...]:
     cross = spec.site in CROSS_SITES
     having = stack.attending(cross=cross)
     missing = sorted(set(wanted) - set(having))
-    if not having or (missing and spec.layers.ranges is not None):
-        what = "cross-attention" if cross else "self-attention"
+    what = "cross-attention" if cross else "self-attention"
+    if not having:
         raise SpecificationError(
-            f"'{spec.to_string()}': {stack.name} has {what} in {_listed(having)} only.",
+            f"'{spec.to_string()}': no layer of {stack.name} has {what} in this model.",
+            f"Ask for {stack.name}.*.{spec.kind if cross else f'x{spec.site}'}, or leave the site out.",
+        )
+    if missing and spec.layers.ranges is not None:
+        raise SpecificationError(
+            f"'{spec.to_string()}': {stack.name} has {what} in layer {', '.join(map(str, having))} only.",
             f"Ask for {stack.name}.*.{spec.site}, which takes those, or leave the site out.",
         )
     return tuple(number for number in wanted if number in having)
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return f"layer {', '.join(map(str, layers))}" if layers else "no layer"
 
 
 def stored_dtype(dtype: str) -> str:

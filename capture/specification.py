@@ -207,7 +207,7 @@ def parse_sites(texts: Iterable[str] | None) -> tuple[SiteSpec, ...]:
 def _require(name: str, known: Sequence[str], what: str, text: str) -> None:
     if name not in known:
         raise SpecificationError(
-            f"There is no {what} '{name}' (in '{text}').", f"The {what}s are {', '.join(known)}."
+            f"There is no {what} '{name}' (in '{text}').", f"There is: {', '.join(known)}."
         )
 
 

@@ -115,5 +115,5 @@ def test_cross_rows__keep_selected_rows_layers_and_heads(tmp_path: Path) -> None
 
 def test_cross_rows__are_refused_where_nothing_crosses_over(tmp_path: Path) -> None:
     for name in ("xattn_stats", "xpattern"):
-        with pytest.raises(SpecificationError, match="text has cross-attention in no layer only"):
+        with pytest.raises(SpecificationError, match="no layer of text has cross-attention"):
             captured(ZOO["llava"], tmp_path / "run", [f"text.*.{name}"])

@@ -147,6 +147,15 @@ def test_capture_run__questions_without_an_image_have_no_patches(loaded: LoadedM
     assert (words.kind.values[words.sample_index.values == 2] != 1).all()
 
 
+def test_capture_run__a_selection_may_be_of_no_token_at_all(loaded: LoadedModel, tmp_path: Path) -> None:
+    sites = ["text.*.q[answer]", "text.*.resid_post[answer]", "text.*.pattern[answer]", "text.*.k"]
+    capture(loaded, tmp_path / "run", count=2, max_new_tokens=0, sites=sites)
+    run = open_run(tmp_path / "run")
+    assert site(run, "text/q").sizes["token"] == 0
+    assert site(run, "text/pattern").sizes["entry"] == 0
+    assert site(run, "text/k").sizes["token"] == run["tokens/text"].sizes["token"]
+
+
 def test_capture_run__without_answers_scores_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
     capture(loaded, tmp_path / "run", count=2, max_new_tokens=0)
     held = open_run(tmp_path / "run")["samples"].to_dataset()

@@ -614,7 +614,7 @@ def test_zoo__a_layer_that_does_not_attend_so_is_named(tmp_path: Path) -> None:
     for sites, says in (
         (["text.1.q"], "'text.1.q\\[all\\]': text has self-attention in layer 0, 2 only"),
         (["text.0.xk"], "text has cross-attention in layer 1 only.*\n.*text.*.xk"),
-        (["vision.*.xq"], "vision has cross-attention in no layer only"),
+        (["vision.*.xq"], "no layer of vision has cross-attention in this model.*\n.*vision.*.q,"),
     ):
         with pytest.raises(SpecificationError, match=says):
             capture_run(loaded, asked, tmp_path / "run", sites=sites, quiet=True)
