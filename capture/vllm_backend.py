@@ -33,7 +33,7 @@ from .vllm_proof import check_layers, engine_call, masked
 from .vllm_prover import Prover, Single, check_prompt, request_of
 from .vllm_readout import engine_readout
 from .vllm_sampling import sampling
-from .vllm_spool import Spool, heads_of
+from .vllm_spool import Spool, heads_of, is_stored_as
 
 
 class VllmBackend:
@@ -155,7 +155,12 @@ class VllmBackend:
             name = f"{site.stack.name}/{site.spec.site}"
             tables = batch.table(site.spec.table)
             wanted = [np.flatnonzero(select(columns, site.spec.tokens)) for columns in tables]
-            values = np.empty((len(site.layers), sum(map(len, wanted)), *site.row_shape), site.dtype)
+            shape = (len(site.layers), sum(map(len, wanted)), *site.row_shape)
+            whole = spool.whole(name, site.layers, plan.selection(name), wanted) if shape[1] else None
+            if whole is not None and whole.shape == shape and is_stored_as(whole, site):
+                arrays[site.group] = {site.name: whole.numpy()}
+                continue
+            values = np.empty(shape, site.dtype)
             arrays[site.group] = {site.name: values}
             # Of samples without images there is nothing of the encoder, not even an empty tensor.
             for place, layer in enumerate(site.layers if values.shape[1] else ()):

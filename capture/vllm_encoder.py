@@ -16,7 +16,6 @@ from .vllm_layers import layer_of
 
 # By family, the classes of encoder layers whose tokens were compared, one by one, with the model's own.
 COMPARED: Mapping[str, tuple[str, ...]] = {
-    "gemma3": ("SiglipEncoderLayer",),
     "llava": ("CLIPEncoderLayer",),
     "qwen2_5_vl": ("Qwen2_5_VisionBlock",),
 }

@@ -6,6 +6,7 @@ engine's own messages would arrive as lists.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,22 +160,41 @@ class Recorder:
             self._rows[selection] = torch.from_numpy(rows).to(device)
         return self._rows[selection]
 
-    def write(self, file: Path, extra: Mapping[str, Tensor]) -> None:
-        """Write everything that was kept, and forget it."""
+    def write(self, stem: Path, extra: Mapping[str, Tensor]) -> None:
+        """Write everything that was kept, and forget it.
+
+        A file of bare numbers a tensor, layer by layer, which can be mapped as (layer, row, ...); and one of
+        what is small, whose metadata say what the others hold.
+        """
         from safetensors.torch import save_file
 
-        tensors: dict[str, Tensor] = dict(extra)
-        for (name, layer), parts in self._kept.items():
-            if parts:
-                tensors[f"{name}.{layer}"] = torch.cat(parts)
+        small = dict(extra)
+        held: dict[str, dict[str, Any]] = {}
+        for name in self.selection:
+            layers = sorted(layer for tensor, layer in self.expected if tensor == name)
+            parts = [self._kept[name, layer] for layer in layers]
+            if not parts[0]:
+                continue
+            rows, (first, *_) = sum(map(len, parts[0])), parts[0]
+            dtype = str(first.dtype).removeprefix("torch.")
+            held[name] = {"layers": layers, "dtype": dtype, "shape": [len(layers), rows, *first.shape[1:]]}
+            with numbers_file(stem, name).open("wb") as file:
+                for part in (part for each in parts for part in each):
+                    file.write(part.contiguous().view(torch.uint8).numpy().data)
         for selection, labels in self._labels.items():
             joined = np.concatenate([np.zeros((0, 2), np.int64), *labels])
-            tensors[f"rows.{selection}"] = torch.from_numpy(joined)
+            small[f"rows.{selection}"] = torch.from_numpy(joined)
         if self._logits:
-            tensors[LOGITS] = torch.stack(list(self._logits.values()))
-            tensors[LOGITS_ROWS] = torch.tensor(list(self._logits))
-        save_file({name: each.contiguous() for name, each in tensors.items()}, file)
+            small[LOGITS] = torch.stack(list(self._logits.values()))
+            small[LOGITS_ROWS] = torch.tensor(list(self._logits))
+        tensors = {name: each.contiguous() for name, each in small.items()}
+        save_file(tensors, stem.with_suffix(".safetensors"), {"held": json.dumps(held)})
         self.begin({})
+
+
+def numbers_file(stem: Path, tensor: str) -> Path:
+    """The file of one tensor's numbers."""
+    return stem.with_name(f"{stem.name}.{tensor.replace('/', '.')}")
 
 
 def _check_metadata(spans: Sequence[Span]) -> None:

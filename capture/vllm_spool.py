@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from .sites import ResolvedSite
 from .specification import KV_SITES, RESIDUAL_SITES
 from .vllm_heads import owned_heads
 from .vllm_plan import tensor_name
-from .vllm_recorder import LOGITS, LOGITS_ROWS
+from .vllm_recorder import LOGITS, LOGITS_ROWS, numbers_file
 from .vllm_rows import Places, place_rows
 
 
@@ -35,25 +35,28 @@ class Spool:
 
     def __init__(self, folder: Path, ranks: int, tolerance: float) -> None:
         self.tolerance = tolerance
-        self._files = [folder / f"rank{rank}.safetensors" for rank in range(ranks)]
-        self._open: list[Any] = []
-        self._names: list[set[str]] = []
-        self._active = ExitStack()
+        self._stems = [folder / f"rank{rank}" for rank in range(ranks)]
+        self._small: list[dict[str, Tensor]] = []
+        self._held: list[dict[str, Any]] = []
+        self._mapped: dict[tuple[int, str], Tensor] = {}
         self._places: dict[tuple[str, bytes], Places] = {}
 
     def __enter__(self) -> Spool:
         from safetensors import safe_open
 
-        self._open = [self._active.enter_context(safe_open(file, "pt")) for file in self._files]
-        self._names = [set(file.keys()) for file in self._open]
+        for stem in self._stems:
+            with safe_open(stem.with_suffix(".safetensors"), "pt") as file:
+                self._small.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                self._held.append(json.loads(file.metadata()["held"]))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._active.close()
-        for file in self._files:
-            file.unlink(missing_ok=True)
+        # What is still mapped stays readable without its name.
+        for stem in self._stems:
+            for file in stem.parent.glob(f"{stem.name}.*"):
+                file.unlink()
 
     def rows(
         self,
@@ -78,34 +81,44 @@ class Spool:
         where = tensor_name(name, layer)
         places = self._place(selection, wanted, where)
         index = torch.from_numpy(places.rows)
-        if heads is None or len(self._open) == 1:
-            whole = self._tensor(0, f"{name}.{layer}", where)
+        if heads is None or len(self._stems) == 1:
+            whole = self._layer(0, name, layer)
             self._check_again(whole, places, where)
             if out is not None and out.dtype == whole.dtype and out.shape[1:] == whole.shape[1:]:
                 return torch.index_select(whole, 0, index, out=out)
             rows = whole.index_select(0, index)
             return rows if heads is None else join_heads([rows], heads)
         parts = []
-        for rank in range(len(self._open)):
-            part = self._tensor(rank, f"{name}.{layer}", where)
+        for rank in range(len(self._stems)):
+            part = self._layer(rank, name, layer)
             self._check_again(part, places, where)
             parts.append(part.index_select(0, index))
         return join_heads(parts, heads)
 
+    def whole(
+        self, name: str, layers: Sequence[int], selection: str, wanted: Sequence[NDArray[np.int64]]
+    ) -> Tensor | None:
+        """All of a tensor as it lies in the file, (layer, row, ...), if that is what is wanted of it."""
+        if len(self._stems) > 1 or list(layers) != self._held[0].get(name, {}).get("layers"):
+            return None
+        places, mapped = self._place(selection, wanted, name), self._map(0, name)
+        in_order = np.array_equal(places.rows, np.arange(mapped.shape[1]))
+        return mapped if in_order and not len(places.again) else None
+
     def sinks(self, layer: int, heads: int) -> Tensor | None:
         """The attention sinks of a layer."""
         name = f"sinks.{layer}"
-        if name not in self._names[0]:
+        if name not in self._small[0]:
             return None
-        parts = [file.get_tensor(name)[None] for file in self._open]
+        parts = [small[name][None] for small in self._small]
         return join_heads(parts, heads)[0]
 
     def logits(self, samples: int) -> NDArray[np.float32]:
         """Logits (sample, vocabulary) at the last prompt token."""
-        held = self._open[0]
-        if LOGITS not in self._names[0]:
+        held = self._small[0]
+        if LOGITS not in held:
             raise CaptureError("The engine gave no logits.", "Report the vLLM version and the model.")
-        rows, values = held.get_tensor(LOGITS_ROWS).tolist(), held.get_tensor(LOGITS).numpy()
+        rows, values = held[LOGITS_ROWS].tolist(), held[LOGITS].numpy()
         if sorted(rows) != list(range(samples)):
             raise CaptureError(
                 f"The engine gave logits of samples {sorted(rows)} of a batch of {samples}.",
@@ -114,18 +127,29 @@ class Spool:
         ordered: NDArray[np.float32] = values[np.argsort(rows)]
         return ordered
 
-    def _tensor(self, rank: int, name: str, where: str) -> Tensor:
-        if name not in self._names[rank]:
+    def _layer(self, rank: int, name: str, layer: int) -> Tensor:
+        held = self._held[rank].get(name)
+        if held is None or layer not in held["layers"]:
             raise CaptureError(
-                f"{where} was not seen by the engine.", "Report the vLLM version and the model."
+                f"{tensor_name(name, layer)} was not seen by the engine.",
+                "Report the vLLM version and the model.",
             )
-        found: Tensor = self._open[rank].get_tensor(name)
-        return found
+        return self._map(rank, name)[held["layers"].index(layer)]
+
+    def _map(self, rank: int, name: str) -> Tensor:
+        if (rank, name) not in self._mapped:
+            held = self._held[rank][name]
+            count, dtype = int(np.prod(held["shape"])), getattr(torch, held["dtype"])
+            file = str(numbers_file(self._stems[rank], name))
+            # Nothing cannot be mapped.
+            flat = torch.from_file(file, size=count, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+            self._mapped[rank, name] = flat.reshape(held["shape"])
+        return self._mapped[rank, name]
 
     def _place(self, selection: str, wanted: Sequence[NDArray[np.int64]], where: str) -> Places:
         key = (selection, b"|".join(each.tobytes() for each in wanted))
         if key not in self._places:
-            labels = [file.get_tensor(f"rows.{selection}").numpy() for file in self._open]
+            labels = [small[f"rows.{selection}"].numpy() for small in self._small]
             if any(not np.array_equal(each, labels[0]) for each in labels[1:]):
                 raise CaptureError(
                     "The processes of the engine kept different tokens.", "Report the vLLM version."
@@ -171,3 +195,8 @@ def heads_of(site: ResolvedSite, name: str) -> int | None:
     if name in RESIDUAL_SITES:
         return None
     return site.stack.kv_heads if name in KV_SITES else site.stack.heads
+
+
+def is_stored_as(rows: Tensor, site: ResolvedSite) -> bool:
+    """Whether a site keeps these rows in the dtype that they have, which is the model's."""
+    return {rows.dtype} == {getattr(torch, site.dtype), getattr(torch, site.source_dtype)}

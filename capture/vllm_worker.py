@@ -79,9 +79,9 @@ class CaptureExtension:
     def mechanistic_write(self, folder: str) -> dict[str, Any]:
         """Write what was kept of them to a file of this rank, and say what the probes found."""
         watch = self._mechanistic_watch
-        file = Path(folder) / f"rank{self.rank}.safetensors"
         watch.recorder.write(
-            file, {f"sinks.{each.number}": each.sinks for each in watch.layers if each.has_sinks}
+            Path(folder) / f"rank{self.rank}",
+            {f"sinks.{each.number}": each.sinks for each in watch.layers if each.has_sinks},
         )
         if watch.projections:
             self._mechanistic_projections = [probe.found for probe in watch.projections]

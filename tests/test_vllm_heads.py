@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from mechanistic.capture.vllm_heads import owned_heads
+from mechanistic.capture.vllm_recorder import Recorder
 from mechanistic.capture.vllm_spool import Spool, join_heads
 from mechanistic.store.errors import CaptureError
 
@@ -53,19 +53,25 @@ def test_join_heads__another_split_is_an_error() -> None:
         join_heads([torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)], 4)
 
 
+def leave(folder: Path, rank: int, tensors: dict[str, torch.Tensor], labels: list[list[int]]) -> None:
+    """What one rank of an engine leaves of layer 0, whose rows are these [sample, position]."""
+    recorder = Recorder({name: {"layers": [0], "selection": "text/all"} for name in tensors})
+    for name, values in tensors.items():
+        # In two steps of the engine.
+        recorder._kept[name, 0] += [values[:1], values[1:]]
+    recorder._labels["text/all"].append(np.array(labels))
+    recorder.write(folder / f"rank{rank}", {})
+
+
 def write(folder: Path, ranks: int, *, queries: torch.Tensor, keys: torch.Tensor, order: list[int]) -> None:
     """What the ranks of an engine would leave of one sample, whose tokens came in this order."""
     for rank in range(ranks):
-        labels = torch.tensor([[0, position] for position in order])
         own_queries, own_keys = (
             each[order][:, list(owned_heads(each.shape[1], rank, ranks))] for each in (queries, keys)
         )
         residual = queries[order].flatten(1)
-        tensors = {"text/q.0": own_queries, "text/k.0": own_keys, "text/resid_post.0": residual}
-        save_file(
-            {name: each.contiguous() for name, each in tensors.items()} | {"rows.text/all": labels},
-            folder / f"rank{rank}.safetensors",
-        )
+        tensors = {"text/q": own_queries, "text/k": own_keys, "text/resid_post": residual}
+        leave(folder, rank, tensors, [[0, position] for position in order])
 
 
 def test_spool__gathers_the_heads_of_all_ranks_under_their_numbers(tmp_path: Path) -> None:
@@ -82,13 +88,13 @@ def test_spool__gathers_the_heads_of_all_ranks_under_their_numbers(tmp_path: Pat
 
 def test_spool__a_token_computed_twice_must_agree_with_itself(tmp_path: Path) -> None:
     queries = torch.randn(6, 2, 4)
-    labels = torch.tensor([[0, 0], [0, 1], [0, 0], [0, 1], [0, 2]])
+    labels = [[0, 0], [0, 1], [0, 0], [0, 1], [0, 2]]
     rows = [0, 1, 0, 1, 2]
     again = queries[rows].clone()
     again[2:] *= 1 + 1e-7
     for name, values in (("same", again), ("other", queries[[0, 1, 3, 1, 2]])):
         (tmp_path / name).mkdir()
-        save_file({"text/q.0": values, "rows.text/all": labels}, tmp_path / name / "rank0.safetensors")
+        leave(tmp_path / name, 0, {"text/q": values}, labels)
     wanted = [np.array([0, 1, 2])]
     with Spool(tmp_path / "same", 1, 1e-5) as spool:
         torch.testing.assert_close(spool.rows("text/q", 0, "text/all", wanted, 2), again[2:], rtol=0, atol=0)
@@ -102,7 +108,21 @@ def test_spool__a_token_computed_twice_must_agree_with_itself(tmp_path: Path) ->
 def test_spool__ranks_that_kept_other_tokens_are_an_error(tmp_path: Path) -> None:
     values = torch.randn(3, 2, 4)
     write(tmp_path, 2, queries=values, keys=values, order=[0, 1, 2])
-    held = {"text/q.0": values[:, :1], "rows.text/all": torch.tensor([[0, 0], [0, 2], [0, 1]])}
-    save_file({name: each.contiguous() for name, each in held.items()}, tmp_path / "rank1.safetensors")
+    leave(tmp_path, 1, {"text/q": values[:, :1]}, [[0, 0], [0, 2], [0, 1]])
     with Spool(tmp_path, 2, 1e-5) as spool, pytest.raises(CaptureError, match="kept different tokens"):
         spool.rows("text/q", 0, "text/all", [np.array([0])], 2)
+
+
+def test_spool_whole__is_the_file_itself_where_all_of_it_is_wanted_in_its_order(tmp_path: Path) -> None:
+    values = torch.randn(4, 2, 3, dtype=torch.bfloat16)
+    labels = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    leave(tmp_path, 0, {"text/q": values}, labels)
+    with Spool(tmp_path, 1, 1e-5) as spool:
+        both = [np.arange(2), np.arange(2)]
+        whole = spool.whole("text/q", (0,), "text/all", both)
+        assert spool.whole("text/q", (0, 1), "text/all", both) is None
+        assert spool.whole("text/q", (0,), "text/all", [np.arange(2), np.array([1])]) is None
+    assert not list(tmp_path.iterdir())
+    assert whole is not None
+    # Mapped, it outlives its file.
+    torch.testing.assert_close(whole, values[None], rtol=0, atol=0)
