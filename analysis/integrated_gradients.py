@@ -56,8 +56,9 @@ def integrated_gradients(
         A pair (image, text), a Sample, a list of them, or a dataset such as ``Shapes(8)``.
     to
         ``"pixels"`` of the processed image; ``"image_embeddings"``, what the decoder is given of the image
-        (the projector's output; in Qwen3-VL also what higher layers get); ``"token_embeddings"`` of the
-        question's words, with the template around them and the image left as they are.
+        (the projector's output; in Qwen3-VL also what higher layers get; in Mllama and BLIP what it reads by
+        cross-attention); ``"token_embeddings"`` of the question's words, with the template around them and
+        the image left as they are.
     baseline
         ``"mean"``: the mean colour of the image, the mean of its tokens, the mean of the vocabulary;
         ``"blurred"``: a Gaussian over the image or its grid of tokens; ``"zero"``: zeros, which for pixels

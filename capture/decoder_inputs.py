@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from mechanistic.store.errors import CaptureError
 
 DEEPSTACK = "deepstack_visual_embeds"
+# What a decoder calls the image that it reads by cross-attention: Mllama, BLIP.
+ACROSS = ("cross_attention_states", "encoder_hidden_states")
 
 
 @dataclass(frozen=True)
 class DecoderInputs:
     """embeddings (sample, token, d_model); deepstack, where a decoder gets image features in higher layers
-    too (Qwen3-VL), a tensor (image token of all samples, d_model) for each such layer.
+    too (Qwen3-VL), a tensor (image token of all samples, d_model) for each such layer; across, where it reads
+    the image by cross-attention, (sample, key, d_image).
     """
 
     embeddings: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    across: Tensor | None = None
 
 
 @contextmanager
@@ -48,12 +52,16 @@ def changed_decoder_inputs(model: Any, change: Callable[[DecoderInputs], Decoder
                 f"{type(module).__name__} was given neither embeddings nor tokens.",
                 "This architecture needs an adapter; until it has one, its embeddings cannot be reached.",
             )
-        new = change(DecoderInputs(embeddings, tuple(given.get(DEEPSTACK) or ())))
+        read = next((name for name in ACROSS if given.get(name) is not None), None)
+        across = None if read is None else given[read].reshape(len(embeddings), -1, given[read].shape[-1])
+        new = change(DecoderInputs(embeddings, tuple(given.get(DEEPSTACK) or ()), across))
         calls.append(1)
         # A copy, since a decoder may add its positions in place (BLIP).
         given |= {"input_ids": None, "inputs_embeds": new.embeddings.clone()}
         if new.deepstack:
             given[DEEPSTACK] = list(new.deepstack)
+        if read is not None and new.across is not None:
+            given[read] = new.across.reshape(given[read].shape)
         return (), given
 
     handle = decoder.register_forward_pre_hook(enter, with_kwargs=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -115,6 +115,8 @@ def _to_embeddings(asked: TargetedSample, path: Path) -> PathIntegral:
             f"{type(asked.loaded.model).__name__} has no decoder that could be given other embeddings.",
             "Choose to='pixels'.",
         )
+    if path.to == "image_embeddings" and asked.across is not None:
+        return _to_across(asked, path)
     kind = "image" if path.to == "image_embeddings" else "text"
     chosen = np.flatnonzero(asked.tokens["kind"] == KIND[kind])
     if not len(chosen):
@@ -143,6 +145,39 @@ def _to_embeddings(asked: TargetedSample, path: Path) -> PathIntegral:
         with changed_decoder_inputs(asked.loaded.model, change):
             return asked.scores(len(changed[0]))
 
+    return _of_rows(asked, labels, scores, parts, starts, path)
+
+
+def _to_across(asked: TargetedSample, path: Path) -> PathIntegral:
+    """To what the decoder reads of the image by cross-attention."""
+    labels, across = asked.labelled_across, _own_inputs(asked).across
+    if labels is None or across is None or across.shape[1] != len(labels["position"]):
+        raise CaptureError(
+            f"{type(asked.loaded.model).__name__} was not seen to read the image by cross-attention.",
+            "Choose to='pixels'.",
+        )
+    part = across[0]
+
+    def scores(changed: Tensor) -> Tensor:
+        def change(given: DecoderInputs) -> DecoderInputs:
+            return replace(given, across=changed.to(part.dtype))
+
+        with changed_decoder_inputs(asked.loaded.model, change):
+            return asked.scores(len(changed))
+
+    start = image_baseline(part, labels, path.baseline, path.blur)
+    return _of_rows(asked, labels, scores, (part,), (start,), path)
+
+
+def _of_rows(
+    asked: TargetedSample,
+    labels: Columns,
+    scores: Scores,
+    parts: tuple[Tensor, ...],
+    starts: tuple[Tensor, ...],
+    path: Path,
+) -> PathIntegral:
+    """The attribution of rows (token, feature), summed over features and over the parts."""
     found, ends = _integrate(scores, tuple(part.float() for part in parts), starts, path)
     values = torch.stack([part[0].sum(-1) for part in found]).sum(0).cpu().numpy()
     total = float(sum(part.double().sum() for part in found))

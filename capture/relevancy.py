@@ -93,7 +93,7 @@ def relevancy_rows(
     wanted = sorted(place for place in watch.calls if layers is None or place[0] in layers)
     gradients = torch.autograd.grad(score, [watch.outputs[place] for place in wanted], allow_unused=True)
     state = torch.zeros(len(rows), len(asked.tokens["position"]), dtype=torch.float64)
-    across = torch.zeros(len(rows), len(_read_across(asked)), dtype=torch.float64)
+    across = torch.zeros(len(rows), _read_across(asked), dtype=torch.float64)
     for row, positions in enumerate(rows):
         state[row, torch.from_numpy(positions)] = 1 / len(positions)
     for place, gradient in zip(reversed(wanted), reversed(gradients), strict=True):
@@ -109,24 +109,15 @@ def relevancy_rows(
 
 def relevancy_labels(asked: TargetedSample) -> Columns:
     """The labels of the tokens of `relevancy_rows`: the decoder's, then those that it reads across."""
-    tokens = asked.labelled_tokens
-    across = asked.batch.further["xk"][0] if len(_read_across(asked)) else None
+    tokens, across = asked.labelled_tokens, asked.labelled_across
     if across is None:
         return tokens
-    count = len(across["position"])
-    blank = {"token_id": -1, "token_text": "", "in_word": ""}
-    return {
-        name: np.concatenate([values, across.get(name, np.full(count, blank.get(name, False), values.dtype))])
-        for name, values in tokens.items()
-    }
+    return {name: np.concatenate([values, across[name]]) for name, values in tokens.items()}
 
 
-def _read_across(asked: TargetedSample) -> NDArray[np.int32]:
-    """Positions of the tokens that the decoder reads by cross-attention; most decoders read none."""
-    if not asked.loaded.anatomy.stack("text").attending(cross=True):
-        return np.zeros(0, np.int32)
-    found: NDArray[np.int32] = asked.batch.further["xk"][0]["position"]
-    return found
+def _read_across(asked: TargetedSample) -> int:
+    """How many tokens the decoder reads by cross-attention."""
+    return 0 if asked.across is None else len(asked.across["position"])
 
 
 def _attended(asked: TargetedSample) -> tuple[_Watch, Tensor]:
@@ -146,7 +137,7 @@ def _attended(asked: TargetedSample) -> tuple[_Watch, Tensor]:
         score = asked.scores()[0]
     total = len(asked.tokens["position"])
     for cross in (False, True):
-        keys = len(_read_across(asked)) if cross else total
+        keys = _read_across(asked) if cross else total
         for layer in stack.attending(cross=cross):
             call = watch.calls.get((layer, f"text{CROSS}" if cross else "text"))
             if call is None or call.query.shape[2] != total or call.key.shape[2] != keys:

@@ -58,6 +58,25 @@ class TargetedSample:
             within[positions] = word
         return {**self.tokens, "in_word": within}
 
+    @property
+    def across(self) -> Columns | None:
+        """The labels of what the decoder reads by cross-attention; most decoders read nothing that way."""
+        if not self.loaded.anatomy.stack("text").attending(cross=True):
+            return None
+        return self.batch.further["xk"][0]
+
+    @property
+    def labelled_across(self) -> Columns | None:
+        """The same, with every label that tokens have."""
+        if self.across is None:
+            return None
+        count, own = len(self.across["position"]), self.across
+        blank = {"token_id": -1, "token_text": "", "in_word": ""}
+        return {
+            name: own.get(name, np.full(count, blank.get(name, False), values.dtype))
+            for name, values in self.labelled_tokens.items()
+        }
+
     def repeated(self, count: int) -> Inputs:
         """The inputs of `count` copies of the sample in one batch: its images follow it, copy by copy."""
         return {

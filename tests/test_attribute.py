@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import xarray as xr
 from mechanistic.analysis import attention_relevancy, attribution_sparsity
 from mechanistic.analysis.attribute import METHODS
 from mechanistic.analysis.cli import main
-from mechanistic.capture import Shapes, load_model
+from mechanistic.capture import Shapes, load_model, path_gradients
 
 ASK = [
     "--model-name",
@@ -53,7 +54,39 @@ def test_attribute__of_a_chosen_target(tmp_path: Path) -> None:
     assert main(command) == 0
     with (tmp_path / "gradcam.csv").open() as file:
         assert {row["target"] for row in csv.DictReader(file)} == {"left - right"}
-    assert main(command) == 0, "a second time replaces the first"
+    assert main(command) == 0, "a second time leaves the first as it is"
+
+
+def test_attribute__goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(folder: str, steps: str = "4") -> int:
+        return main(["attribute", "image-tokens", *ASK, str(tmp_path / folder), "--steps", steps])
+
+    computed: list[int] = []
+    original = path_gradients.path_integral
+
+    def counted(loaded: Any, sample: Any, place: int, target: Any, path: Any) -> Any:
+        computed.append(place)
+        if computed == [0, 1]:
+            raise KeyboardInterrupt
+        return original(loaded, sample, place, target, path)
+
+    monkeypatch.setattr(path_gradients, "path_integral", counted)
+    assert ask("killed") == 130
+    assert ask("killed") == 0
+    assert computed == [0, 1, 1]
+    assert ask("killed") == 0
+    assert computed == [0, 1, 1]
+    assert ask("whole") == 0
+    stored = [
+        xr.open_zarr(tmp_path / folder / "image-tokens.zarr", consolidated=False)
+        for folder in ("killed", "whole")
+    ]
+    xr.testing.assert_identical(*(each.drop_attrs() for each in stored))
+    capsys.readouterr()
+    assert ask("killed", "5") == 2
+    assert "steps is 4, not 5" in capsys.readouterr().err
 
 
 def test_attribute__names_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
