@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,35 +76,15 @@ def capture_on_cluster(
     UsageError      the scheduler does not answer.
     CaptureError    workers kept dying; the run continues with the same command.
     """
-    from distributed import Client, KilledWorker, as_completed
+    from distributed import KilledWorker
 
     begun = time.monotonic()
-    try:
-        client = Client(address, timeout="10s", set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as cause:
-        raise UsageError(
-            f"No dask scheduler answers at {address}.", "Start one (dask scheduler), and give its address."
-        ) from cause
     folder = Path(path).absolute()
     progress = Progress(len(dataset), quiet=quiet, log_json=log_json)
     captured = 0
-    with client:
-        futures = [
-            client.submit(
-                capture_part,
-                model,
-                dataset,
-                str(folder),
-                (index, parts),
-                settings,
-                pure=False,
-                retries=RETRIES,
-            )
-            for index in range(parts)
-        ]
+    with _client(address) as client:
         try:
-            for future in as_completed(futures, loop=client.loop):
-                done: CaptureSummary = future.result()
+            for done in _parts_done(client, (model, dataset, str(folder)), parts, settings):
                 captured += done.captured
                 progress.failed += done.failed
                 progress.advance(done.captured, 0, lambda: read_manifest(folder).stored_bytes)
@@ -112,13 +93,39 @@ def capture_on_cluster(
                 f"Workers died again and again over one part of {path} ({cause}).",
                 "See their logs (memory?); the same command continues what is committed.",
             ) from cause
-        finally:
-            client.cancel(futures)
     manifest = read_manifest(folder)
     progress.close(manifest.stored_bytes)
     failed = len(failed_samples(folder))
     seconds = time.monotonic() - begun
     return CaptureSummary(Path(path), manifest.samples, captured, seconds, manifest.stored_bytes, failed)
+
+
+def _client(address: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(address, timeout="10s", set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as cause:
+        raise UsageError(
+            f"No dask scheduler answers at {address}.", "Start one (dask scheduler), and give its address."
+        ) from cause
+
+
+def _parts_done(
+    client: Any, job: tuple[str, Dataset, str], parts: int, settings: dict[str, Any]
+) -> Iterator[CaptureSummary]:
+    """What became of each part, in the order in which they end; when one cannot be done, the others stop."""
+    from distributed import as_completed
+
+    futures = [
+        client.submit(capture_part, *job, (index, parts), settings, pure=False, retries=RETRIES)
+        for index in range(parts)
+    ]
+    try:
+        for future in as_completed(futures, loop=client.loop):
+            yield future.result()
+    finally:
+        client.cancel(futures)
 
 
 def capture_part(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .backend import Backend
 
 DTYPES = ("float32", "float16", "bfloat16")
+_TOLD = ("dtype", "attn_implementation", "revision", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,11 @@ def load_model(
     ModelError    the name is unknown, files are missing, or the weights cannot be loaded.
     """
     entry = REGISTRY.get(name)
-    backend = backend_named(name, backend)
     source, folder = _source(name, entry)
     revision = revision or (entry.revision if entry is not None else None)
     dtype = dtype or (entry.dtype if entry is not None else None)
     chosen = _torch_dtype(dtype, name)
-    if backend == "vllm":
+    if backend_named(name, backend) == "vllm":
         from .vllm_model import load_engine
 
         return load_engine(
@@ -160,10 +160,18 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         **options,
     }
+    return _loaded(name, source, folder, settings, device)
+
+
+def _loaded(
+    name: str, source: str, folder: Path | None, settings: dict[str, Any], device: str | None
+) -> LoadedModel:
+    """The model as transformers loads it with these `settings`."""
     model, processor = _load(name, source, settings)
-    if device is not None and device_map is None:
+    if device is not None and settings["device_map"] is None:
         model = model.to(device)
-    commit = getattr(model.config, "_commit_hash", None) or revision or ""
+    commit = getattr(model.config, "_commit_hash", None) or settings["revision"] or ""
+    # Of the settings, those that nothing else in the run's attributes tells.
     return LoadedModel(
         model=model.eval(),
         processor=processor,
@@ -171,7 +179,7 @@ def load_model(
         repository="" if folder is not None else source,
         revision=commit,
         folder=folder if folder is not None else _snapshot(source, commit),
-        options={key: repr(value) for key, value in {"device_map": device_map, **options}.items() if value},
+        options={key: repr(value) for key, value in settings.items() if value and key not in _TOLD},
     )
 
 
