@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import dask.array as da
@@ -44,7 +45,7 @@ def compare_rdms(
     Parameters
     ----------
     first, second
-        `dissimilarity` (layer or model, condition, other), from `representational_dissimilarity` or
+        `dissimilarity` (layer[, head] or model, condition, other), from `representational_dissimilarity` or
         `model_dissimilarity`, over the same conditions in the same order. Without a second, the first.
     permutations
         Times that the conditions of the second matrix are put in random order for the p value.
@@ -54,7 +55,8 @@ def compare_rdms(
 
     Returns
     -------
-    similarity (layer, model), float64, -1 to 1. A second dimension of the same name becomes other_layer.
+    similarity (layer[, head], model), float64, -1 to 1. A second dimension of the same name becomes
+        other_layer.
     p_value, float64: share of permutations, counting the given order as one, that reach the similarity
         (one-sided). Only with permutations.
     similarity_low, similarity_high, float64: percentiles that hold `level` of the resamples; those in which a
@@ -64,7 +66,7 @@ def compare_rdms(
     Raises
     ------
     SpecificationError  no such method, a negative number of repetitions, a level not between 0 and 1.
-    DimensionError      not (something, condition, other).
+    DimensionError      not (..., condition, other).
     DataError           other conditions, fewer than three, more than `max_bytes` allows; when computed, a
                         value that is not finite or a matrix whose pairs are all alike.
 
@@ -79,18 +81,17 @@ def compare_rdms(
     left = _matrices(first)
     right = left if second is None else _matrices(second)
     _check_conditions(left, right, max_bytes)
-    if right.dims[0] == left.dims[0]:
-        right = right.rename({right.dims[0]: f"other_{right.dims[0]}"})
+    right = right.rename({dim: f"other_{dim}" for dim in right.dims[:-2] if dim in left.dims})
     wanted = [True, permutations > 0, resamples > 0, resamples > 0]
     table = _table(left, right, inference, max_bytes)
-    dims = (str(left.dims[0]), str(right.dims[0]))
+    dims = (*left.dims[:-2], *right.dims[:-2])
     variables = {
         name: (dims, table[..., place], {"units": "1"})
         for place, name in enumerate(STATISTICS)
         if wanted[place]
     }
-    coords = {dim: array[dim] for dim, array in zip(dims, (left, right), strict=True) if dim in array.coords}
-    result = xr.Dataset(variables, {name: (name, coord.values) for name, coord in coords.items()})
+    coords = {dim: own[dim].values for own in (left, right) for dim in own.dims[:-2] if dim in own.coords}
+    result = xr.Dataset(variables, coords)
     result["n_condition"] = ((), np.int64(left.sizes["condition"]), {"units": "condition"})
     result["similarity"].attrs["long_name"] = _LONG_NAMES[method]
     result.attrs = {"method": method, "permutations": permutations, "resamples": resamples, "seed": seed}
@@ -100,7 +101,7 @@ def compare_rdms(
 
 def _matrices(rdm: xr.Dataset) -> xr.DataArray:
     values = rdm.get("dissimilarity")
-    if values is None or values.ndim not in (2, 3) or values.dims[-2:] != ("condition", "other"):
+    if values is None or values.ndim < 2 or values.dims[-2:] != ("condition", "other"):
         held = ", ".join(
             f"{name} ({', '.join(map(str, array.dims))})" for name, array in rdm.data_vars.items()
         )
@@ -108,7 +109,7 @@ def _matrices(rdm: xr.Dataset) -> xr.DataArray:
             f"comparing needs dissimilarity (layer, condition, other); there is {held or 'nothing'}.",
             "Pass what representational_dissimilarity or model_dissimilarity returns.",
         )
-    return values if values.ndim == 3 else values.expand_dims("matrix")
+    return values if values.ndim > 2 else values.expand_dims("matrix")
 
 
 def _check_conditions(left: xr.DataArray, right: xr.DataArray, max_bytes: int) -> None:
@@ -146,7 +147,7 @@ def _held(count: int) -> int:
 
 
 def _table(left: xr.DataArray, right: xr.DataArray, inference: Inference, max_bytes: int) -> Any:
-    """A lazy array (first, second, statistic): one task for as many matrices of the first as may be held."""
+    """A lazy array (*first, *second, statistic): a task for as many matrices of the first as may be held."""
     group = max(1, max_bytes // (2 * _held(left.sizes["condition"])))
     firsts, seconds = _sources(left, max_bytes), _sources(right, max_bytes)
     names = [_names(array) for array in (left, right)]
@@ -159,19 +160,22 @@ def _table(left: xr.DataArray, right: xr.DataArray, inference: Inference, max_by
             for second, name in zip(seconds, names[1], strict=True)
         ]
         rows.append(da.stack([da.from_delayed(task, shape, np.float64) for task in tasks], axis=1))
-    return da.concatenate(rows)
+    return da.concatenate(rows).reshape(*left.shape[:-2], *right.shape[:-2], len(STATISTICS))
 
 
 def _sources(matrices: xr.DataArray, max_bytes: int) -> list[Any]:
     """Each matrix for a task: shared between tasks if all of them may be held, else read again by each."""
     data = da.asarray(matrices.data)
     if data.nbytes <= max_bytes:
-        whole = data.rechunk((1, -1, -1)).to_delayed()
-        return [delayed(np.squeeze)(block, axis=0) for block in whole[:, 0, 0]]
-    return [UnreadBlock(matrix) for matrix in data]
+        leading = tuple(range(data.ndim - 2))
+        whole = data.rechunk({**dict.fromkeys(leading, 1), data.ndim - 2: -1, data.ndim - 1: -1}).to_delayed()
+        return [delayed(np.squeeze)(block, axis=leading) for block in whole.ravel()]
+    return [UnreadBlock(data[place]) for place in np.ndindex(*data.shape[:-2])]
 
 
 def _names(matrices: xr.DataArray) -> list[str]:
-    dim = str(matrices.dims[0])
-    values = matrices[dim].values if dim in matrices.coords else np.arange(matrices.shape[0])
-    return [f"{dim.removeprefix('other_')} {value}" for value in values]
+    values = [
+        [f"{str(dim).removeprefix('other_')} {value}" for value in matrices[dim].values]
+        for dim in matrices.dims[:-2]
+    ]
+    return [", ".join(parts) for parts in product(*values)]

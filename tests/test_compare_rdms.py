@@ -106,6 +106,26 @@ def test_compare_rdms__layers_with_layers() -> None:
     np.testing.assert_allclose(table.values, table.values.T)
 
 
+def test_compare_rdms__heads() -> None:
+    values = random_matrices(6).reshape(2, 3, *random_matrices(1).shape[1:])
+    heads = xr.Dataset({"dissimilarity": (("layer", "head", "condition", "other"), values)})
+    heads = heads.assign_coords(layer=[4, 7], head=[0, 1, 5])
+    models = rdms(random_matrices(2, seed=1), "model")
+    found = compare_rdms(heads.chunk(layer=1, head=1), models)["similarity"]
+    assert found.dims == ("layer", "head", "model")
+    assert isinstance(found.data, da.Array)
+    one = compare_rdms(heads.sel(head=5), models)["similarity"]
+    np.testing.assert_allclose(found.sel(head=5).values, one.values)
+    spare = compare_rdms(heads, models, max_bytes=6 * 8 * values.shape[-1] ** 2)["similarity"]
+    np.testing.assert_allclose(found.values, spare.values)
+    own = compare_rdms(heads)["similarity"]
+    assert own.dims == ("layer", "head", "other_layer", "other_head")
+    np.testing.assert_allclose(own.values.reshape(6, 6).diagonal(), 1)
+    broken = heads.where((heads["layer"] < 7) | (heads["head"] < 5))
+    with pytest.raises(DataError, match="layer 7, head 5"):
+        compare_rdms(broken)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_compare_rdms__bootstrap_equals_drawing_copies(method: Any) -> None:
     (a,), (b,) = random_matrices(1, 7), random_matrices(1, 7, seed=2)
