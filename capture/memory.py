@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 _SAYS_FULL = ("out of memory", "can't allocate memory")
@@ -15,6 +17,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give what the device's allocator keeps back to it."""
+    """Give back what is free and kept for later: by torch to the device, by glibc to the system."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
