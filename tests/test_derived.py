@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -11,7 +12,7 @@ import small_run
 import xarray as xr
 from test_store_parts import PARTS, write_part
 
-from mechanistic.store import derived_names, open_run, read_manifest, write_derived
+from mechanistic.store import derived_names, merge, open_run, read_manifest, write_derived
 from mechanistic.store.errors import (
     IncompleteRunError,
     OutputExistsError,
@@ -99,6 +100,33 @@ def test_write_derived__with_a_run_in_parts_and_after_its_merge(tmp_path: Path, 
     write_derived(merged, "other", result())
     assert derived_names(open_run(merged)) == ["other", "swap"]
     assert verify_run(merged) == []
+
+
+@pytest.mark.parametrize(("where", "calls"), [("sync", 2), ("consolidate", 1)])
+def test_write_derived__outlives_a_killed_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, calls: int
+) -> None:
+    run = tmp_path / "run"
+    for index in range(PARTS):
+        write_part(run, index)
+    write_derived(run, "swap", result())
+    seen: list[str] = []
+    original = getattr(merge, where)
+
+    def dying(*arguments: Any, **options: Any) -> None:
+        seen.append(where)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, where, dying)
+        with pytest.raises(KeyboardInterrupt):
+            merge_run(run)
+    merged = merge_run(run)
+    assert derived_names(open_run(merged)) == ["swap"]
+    assert verify_run(merged) == []
+    assert not (run / "parts").exists()
 
 
 def test_write_derived__refuses(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
