@@ -21,7 +21,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PairEnds:
-    """The metric of both runs of each kept pair, and what it takes to measure a patched one."""
+    """The metric of both runs of each kept pair, and what it takes to measure a patched one.
+
+    `origin` says what the metric of both runs was computed from.
+    """
 
     clean: Floats
     corrupt: Floats
@@ -29,6 +32,7 @@ class PairEnds:
     least: float
     tokens: tuple[NDArray[np.int64], NDArray[np.int64]]
     reference: Any
+    origin: str
 
     @classmethod
     def of(
@@ -38,14 +42,16 @@ class PairEnds:
         answers: PairAnswers | None,
         metric: str,
         min_difference: float | None,
+        quiet: bool,
     ) -> PairEnds:
         import torch
 
+        from mechanistic.capture.end_logits import end_logits
         from mechanistic.capture.pair_metrics import PAIR_METRICS, measure
 
         none = np.zeros(len(pairs), np.int64)
         tokens = (none, none) if answers is None else (answers.clean, answers.corrupt)
-        logits = sweep.end_logits(pairs.samples)
+        logits, origin = end_logits(sweep, pairs.samples, quiet=quiet)
         clean, corrupt = (
             torch.stack([logits[int(number)] for number in numbers])
             for numbers in (pairs.clean, pairs.corrupt)
@@ -61,6 +67,5 @@ class PairEnds:
                 "There is nothing to recover: choose other pairs, a trained model, or min_difference=.",
             )
         kept = tuple(each[keep] for each in tokens)
-        return cls(
-            both[0][keep], both[1][keep], keep, least, (kept[0], kept[1]), clean[torch.from_numpy(keep)]
-        )
+        reference = clean[torch.from_numpy(keep)]
+        return cls(both[0][keep], both[1][keep], keep, least, (kept[0], kept[1]), reference, origin)

@@ -55,8 +55,11 @@ def patch(
     """Run one sample of each pair with a tensor of the other put in its place, for a grid of places.
 
     Patched tensors, and the residual stream below them, are read from the run: a forward starts at the
-    patched layer, and neither the clean nor the corrupt run is repeated. That this gives the model's own
-    logits is checked on the first pair before the sweep.
+    patched layer, and computes the tokens that the patch can reach under the model's mask; keys and values
+    of the earlier ones are seen once for each sample that is patched. Neither run is repeated: the metric of
+    the clean and of the corrupt one is that of ``text.*.resid_post[last]``, or of the highest layer that the
+    run has of all tokens; where it has neither (encoder sites alone), each sample is run once, and a line
+    says so. That all this gives the model's own logits is checked on the first pair before the sweep.
 
         recovered = (patched - corrupt) / (clean - corrupt), of direction "noise": one less that.
 
@@ -100,7 +103,9 @@ def patch(
     recovered_mean, recovered_mean_low, recovered_mean_high (the same without pair): mean over pairs, and its
         bootstrap interval of `level` by groups of samples.
     clean_id, corrupt_id, sample_index (pair): the samples, and the row of the one that was run. The attribute
-        n_dropped counts pairs without a difference; `proof` says how exact resumed forwards are.
+        n_dropped counts pairs without a difference; `ends` says what `clean` and `corrupt` were computed
+        from; `proof`, how exact resumed forwards are, and those of later tokens alone (null: every token is
+        computed, since the model's mask or layers ask for it).
 
     Raises
     ------
@@ -123,7 +128,7 @@ def patch(
     tokens = {number: _tokens(batch, sites) for number, batch in sweep.questions.items()}
     matched = [(tokens[int(a)], tokens[int(b)]) for a, b in zip(pairs.base, pairs.source, strict=True)]
     plan = patch_plan(sweep.loaded.anatomy, sites, layers, positions, heads, matched)
-    ends = PairEnds.of(sweep, pairs, answers, metric, min_difference)
+    ends = PairEnds.of(sweep, pairs, answers, metric, min_difference, quiet)
     pairs, matched = pairs.kept(ends.keep), [matched[place] for place in np.flatnonzero(ends.keep)]
     proof = _prove(sweep, plan, pairs, recompute)
     decisive = _parameters(tree, sweep, plan, pairs, metric, recompute)
@@ -141,6 +146,7 @@ def patch(
         "n_pair": len(pairs),
         "n_dropped": int((~ends.keep).sum()),
         "min_difference": ends.least,
+        "ends": ends.origin,
         "proof": proof,
     }
     patched = PatchGrid(sweep, plan, pairs, matched, ends, metric).measured(kept, quiet)

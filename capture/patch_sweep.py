@@ -120,22 +120,6 @@ class PatchSweep:
         width = 2 * len(stack.layers) * stack.kv_heads * stack.head_width
         return width * self.loaded.model.dtype.itemsize if self.later is not None else 0
 
-    def end_logits(self, samples: Iterable[int]) -> dict[int, Tensor]:
-        """Logits (word,), float32, of the samples as they are: from the last residual that the run has."""
-        found = {}
-        for number in samples:
-            inputs, last = joined_inputs(self.loaded, [self.questions[number].inputs])
-            hidden = self.states.last_residual(number)
-            with torch.no_grad():
-                if hidden is None:
-                    found[number] = plain_logits(self.loaded, inputs, last)[0]
-                    continue
-                depth = len(self.loaded.anatomy.stack("text").layers)
-                stream = hidden.new_zeros(1, self._length(number), len(hidden))
-                stream[0, -1] = hidden
-                found[number] = self.resumed.logits(inputs, last, depth, stream)[0]
-        return found
-
     def logits(
         self, stack: str, site: str, layer: int, patches: Sequence[Patch], skip: int = 0
     ) -> Iterator[tuple[list[int], Tensor]]:
@@ -152,9 +136,9 @@ class PatchSweep:
         for patch in patches:
             self._require(sources[patch.source], patch.source_rows, stack, site, patch.source)
         start = self.start(stack, site, layer)
-        resumption = None if start is None else Resumption(start, site, layer, self._streams(start, bases))
+        resumption = None if start is None else Resumption(start, site, layer, self.streams(start, bases))
         begins = [0 if resumption is None else self._begin(resumption, patch) for patch in patches]
-        tokens = [self._length(patch.base) - begin for patch, begin in zip(patches, begins, strict=True)]
+        tokens = [self.length(patch.base) - begin for patch, begin in zip(patches, begins, strict=True)]
         for where in patch_batches(tokens, self.batch_size, BATCH_COST)[skip:]:
             chosen = [patches[number] for number in where]
             found = [sources[each.source].at(each.source_rows, each.head) for each in chosen]
@@ -177,7 +161,7 @@ class PatchSweep:
             plain = plain_logits(self.loaded, inputs, last)
             error = 0.0
             for layer in layers:
-                hidden = self._streams(layer, [sample])[sample][None]
+                hidden = self.streams(layer, [sample])[sample][None]
                 got = self.resumed.logits(inputs, last, layer, hidden)
                 error = max(error, float((got - plain).abs().max() / plain.abs().max().clamp_min(1e-30)))
         check_error(error, self.loaded.dtype, "a forward resumed from the run's states")
@@ -187,17 +171,18 @@ class PatchSweep:
         depth = len(self.loaded.anatomy.stack("text").layers)
         return ("text", "resid_pre", start) if start < depth else ("text", "resid_post", depth - 1)
 
-    def _streams(self, start: int, samples: Sequence[int]) -> dict[int, Tensor]:
+    def streams(self, start: int, samples: Sequence[int]) -> dict[int, Tensor]:
         """What goes into a layer, (token, d_model), of whole prompts."""
         stack, site, layer = self._entering(start)
         found = {}
         for number, rows in self.states.rows(stack, site, layer, samples).items():
-            every = np.arange(self._length(number))
+            every = np.arange(self.length(number))
             self._require(rows, every, stack, site, number)
             found[number] = rows.at(every)
         return found
 
-    def _length(self, sample: int) -> int:
+    def length(self, sample: int) -> int:
+        """How many tokens a sample's prompt has."""
         return int(self.questions[sample].inputs["input_ids"].shape[1])
 
     def _require(self, rows: Rows, positions: NDArray[np.int64], stack: str, site: str, sample: int) -> None:

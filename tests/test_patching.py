@@ -308,7 +308,58 @@ def test_patch__goes_on_after_a_kill_and_is_kept_with_the_run(
     assert verify_run(stored) == []
 
 
-FAMILIES = ("llama", "gpt2", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl")
+def test_patch__says_what_the_ends_were_computed_from(
+    tiny: LoadedModel, run: xr.DataTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {"positions": "last", "max_pairs": 2}
+    whole = patch(run, tiny, layers=1, **asked)
+    assert whole.attrs["ends"] == "the run's states at layer 4"
+    shapes = Shapes(4, distractor=0.0)
+    for name, sites, says in (
+        ("pre", ["text.1-2.resid_pre[all]"], "the run's states at layer 2"),
+        ("encoder", ["vision.1.resid_post"], "a forward of each sample"),
+    ):
+        path = tmp_path / name
+        capture_run(tiny, shapes, path, sites=sites, max_new_tokens=0, quiet=True)
+        chosen: dict[str, Any] = {"layers": 1, **asked}
+        if name == "encoder":
+            chosen.update(sites="vision.resid_post", positions="image")
+        found = patch(path, tiny, **chosen)
+        assert found.attrs["ends"] == says
+        line = "no text.*.resid_post[last], which tells its answers: 4 samples are run once"
+        assert (line in capsys.readouterr().err) == (name == "encoder")
+        np.testing.assert_allclose(found["clean"], whole["clean"], atol=1e-4)
+        assert patch(path, tiny, recompute=True, **chosen).attrs["ends"] == "a forward of each sample"
+        assert capsys.readouterr().err == ""
+
+
+def test_patch__sees_an_image_once(tmp_path: Path) -> None:
+    """Qwen3-VL adds image features in its first layers, so that forwards from there need them again."""
+    loaded = ZOO["qwen3_vl"].build()
+    pair = [
+        Sample(f"s{n}", (picture(n, 32, 32),), "where is the red square ?", ("left", "right"), answer)
+        for n, answer in enumerate(("left", "right"))
+    ]
+    path = tmp_path / "run"
+    capture_run(loaded, Listed(tuple(pair)), path, sites=["text.*.resid_pre"], max_new_tokens=0, quiet=True)
+    asked: dict[str, Any] = {"base": [1], "source": [0], "min_difference": 0, "batch_size": 4, "quiet": True}
+    ran: list[int] = []
+    encoder = loaded.model.get_encoder(modality="image")
+    handle = encoder.blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    patch(path, loaded, layers=0, positions=[0], **asked)
+    once = len(ran)
+    found = patch(path, loaded, layers=0, positions="every", **asked)
+    handle.remove()
+    assert len(ran) == 2 * once
+    at = f"{ZOO['qwen3_vl'].layers['text']}.0"
+    for row in (0, 3, found.sizes["position"] - 1):
+        logits = naive(loaded, pair[1], pair[0], at, [row], before=True)
+        got = found["patched"].sel(position=row).item()
+        scale = float(logits.abs().max())
+        assert got == pytest.approx(difference(loaded, logits, *pair), abs=1e-5 * scale)
+
+
+FAMILIES = ("llama", "gpt2", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "internvl")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -339,6 +390,8 @@ def test_patch__works_on_the_zoo(name: str, tmp_path: Path) -> None:
         "quiet": True,
     }
     result = patch(path, loaded, **asked)
+    # Of PaliGemma's prompts every token reads every other.
+    assert (result.attrs["proof"]["later_tokens_error"] is None) == (name == "paligemma")
     last = len(inputs_of(loaded, pair[1])["input_ids"][0]) - 1
     for layer in result["layer"].values:
         at = f"{family.layers['text']}.{layer}"
