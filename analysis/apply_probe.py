@@ -72,7 +72,7 @@ def apply_probe(
     rows = probe_rows(data, names, where, which)
     numbers = [int(number) for number in np.atleast_1d(probe["layer"].values)]
     features = probe_features(select_layers(rows, numbers))
-    labels = _labels_as_trained(row_targets(rows, names), probe)
+    labels = _labels_as_trained(row_targets(rows, names, least=1), probe)
     weights, intercept = _directions(probe, features)
     predicted = _predict(features, weights, intercept, labels, max_bytes)
     result = true_scores(predicted, labels, level)

@@ -27,13 +27,13 @@ def noise_ceiling(rdms: xr.Dataset, *, over: str, method: Method = "spearman") -
 
     Returns
     -------
-    ceiling_low, ceiling_high (the remaining dimension), float64, in units of the similarity.
+    ceiling_low, ceiling_high (the remaining dimensions), float64, in units of the similarity.
     n_repetition (), int64.
 
     Raises
     ------
     SpecificationError  no such method.
-    DimensionError      there is no such dimension beside condition and other, or more than one besides.
+    DimensionError      there is no such dimension beside condition and other.
     DataError           fewer than two repetitions, a value that is not finite, pairs that are all alike.
 
     References
@@ -42,9 +42,10 @@ def noise_ceiling(rdms: xr.Dataset, *, over: str, method: Method = "spearman") -
     """
     check_options(Inference(method))
     values = rdms.get("dissimilarity")
-    if values is None or over not in values.dims or values.ndim > 4:
+    needed = {over, "condition", "other"}
+    if values is None or len(needed) < 3 or not needed <= {*values.dims}:
         raise DimensionError(
-            f"a noise ceiling needs dissimilarity ({over}, condition, other) and at most one dimension more.",
+            f"a noise ceiling needs dissimilarity ({over}, condition, other).",
             "Stack repetitions: xr.concat([rdm_a, rdm_b], 'repetition').",
         )
     if rdms.sizes[over] < 2:

@@ -153,5 +153,5 @@ def _colour_label(matrix: xr.DataArray) -> str:
 
 
 def _title(matrix: xr.DataArray) -> str:
-    named = [str(name) for name in ("layer", "model") if name in matrix.coords]
+    named = [str(name) for name in ("layer", "head", "model") if name in matrix.coords]
     return ", ".join(f"{name} {matrix[name].item()}" for name in named)

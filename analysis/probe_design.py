@@ -65,7 +65,7 @@ class ProbeDesign(RowLabels):
         return np.repeat(np.arange(len(sizes)), sizes)
 
 
-def row_targets(rows: xr.Dataset, target: str | Sequence[str]) -> RowLabels:
+def row_targets(rows: xr.Dataset, target: str | Sequence[str], least: int = 2) -> RowLabels:
     """The rows of `rows` that have the label, or all of the labels, `target`.
 
     Rows without a label ("", unscored, -1, NaN) and rows of failed samples are left out and counted. Samples
@@ -74,7 +74,7 @@ def row_targets(rows: xr.Dataset, target: str | Sequence[str]) -> RowLabels:
     Raises
     ------
     DimensionError      there is no such label.
-    DataError           a label has one class only.
+    DataError           a label has fewer classes than `least`.
     SpecificationError  categorical and continuous labels together, or none.
     """
     names = as_names(target)
@@ -90,7 +90,8 @@ def row_targets(rows: xr.Dataset, target: str | Sequence[str]) -> RowLabels:
         usable &= np.asarray(rows["status"].values) == STATUS["ok"]
     kept = np.flatnonzero(usable)
     pairs = [
-        number_labels(rows[name], labels[kept]) for name, (labels, _) in zip(names, columns, strict=True)
+        number_labels(rows[name], labels[kept], least)
+        for name, (labels, _) in zip(names, columns, strict=True)
     ]
     truth = np.column_stack([numbers for numbers, _ in pairs])
     classes = tuple(held for _, held in pairs)

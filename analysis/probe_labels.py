@@ -34,15 +34,17 @@ def labels_of_rows(rows: xr.Dataset, target: str, axis: str) -> tuple[NDArray[An
     return labels, ~missing
 
 
-def number_labels(column: xr.DataArray, labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any]]:
+def number_labels(
+    column: xr.DataArray, labels: NDArray[Any], least: int = 2
+) -> tuple[NDArray[Any], list[Any]]:
     """Each label as the number of its class, and the classes; a continuous label as itself, and none.
 
     Raises
     ------
-    DataError  the labels are all the same.
+    DataError  fewer classes than `least`, or continuous labels that are all the same.
     """
     classes = split_names(column, labels)
-    if len(classes) < 2:
+    if len(classes) < (2 if labels.dtype.kind == "f" else least):
         found = f"one class, {classes[0]!r}," if classes else "none"
         raise DataError(
             f"'{column.name}' has {found} in {len(labels)} rows.",

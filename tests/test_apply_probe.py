@@ -45,6 +45,9 @@ def test_apply_probe__by_hand() -> None:
     assert float(applied["chance"]) == 0.75
     assert int(applied["n_row"]) == 4
     assert applied["layer"].values.tolist() == [4]
+    one_class = apply_probe(probe, rows.isel(sample=[0, 2, 3]))
+    assert one_class["accuracy"].values.tolist() == [2 / 3]
+    assert one_class["prediction"].values.tolist() == [[0, 0, 1]]
 
 
 def test_apply_probe__a_planted_direction_transfers() -> None:

@@ -26,6 +26,15 @@ def test_noise_ceiling__by_definition() -> None:
     assert (float(same["ceiling_low"]), float(same["ceiling_high"])) == pytest.approx((1, 1))
 
 
+def test_noise_ceiling__of_each_head() -> None:
+    values = random_matrices(12).reshape(3, 2, 2, *random_matrices(1).shape[1:])
+    heads = xr.Dataset({"dissimilarity": (("seed", "layer", "head", "condition", "other"), values)})
+    bounds = noise_ceiling(heads, over="seed")["ceiling_low"]
+    assert bounds.dims == ("layer", "head")
+    one = noise_ceiling(rdms(values[:, 1, 0], "seed"), over="seed")["ceiling_low"]
+    assert float(bounds[1, 0]) == float(one)
+
+
 # The reference warns of itself.
 @pytest.mark.filterwarnings("ignore:Noise ceiling for tau based on averaged ranks:UserWarning")
 def test_noise_ceiling__equals_rsatoolbox() -> None:
