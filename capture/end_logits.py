@@ -49,7 +49,7 @@ def end_logits(sweep: PatchSweep, samples: Sequence[int], *, quiet: bool) -> tup
                     f"{len(samples)} samples are run once."
                 )
             used.add(how)
-            progress.step()
+            progress.advance(1, 0, lambda: 0)
     return found, "; ".join(sorted(used))
 
 
