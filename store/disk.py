@@ -28,12 +28,11 @@ def full_disk(path: Path, needs: Callable[[], str] = str) -> Iterator[None]:
         ) from cause
 
 
-def needed(samples: int, expected: int, held: int, which: str) -> str:
-    """What the samples that are left need, going by the `held` bytes of `samples` of them."""
+def needed(left: int, expected: int, size: int, samples: int, which: str) -> str:
+    """What the samples that are not committed need, going by the bytes of `samples` samples, `which` are."""
     if not samples:
         return ""
-    left = human_bytes(held / samples * (expected - samples))
     return (
-        f" The {expected - samples} samples that are left of {expected} need about {left} more, "
-        f"going by the {human_bytes(held)} {which}."
+        f" The {left} samples that are left of {expected} need about {human_bytes(size / samples * left)} "
+        f"more, going by the {human_bytes(size)} {which}."
     )

@@ -199,9 +199,10 @@ class RunWriter:
     def _needs(self) -> str:
         held = self.manifest
         if held.samples:
-            return needed(held.samples, held.expected, held.stored_bytes, "that are there")
+            left = held.expected - held.samples
+            return needed(left, held.expected, held.stored_bytes, held.samples, "that are there")
         which = f"that the first {self._given} are before compression"
-        return needed(self._given, held.expected, self._given_bytes, which)
+        return needed(held.expected, held.expected, self._given_bytes, self._given, which)
 
     @property
     def bytes_written(self) -> int:

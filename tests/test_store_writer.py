@@ -189,7 +189,7 @@ def test_writer__full_disk_says_what_is_needed(tmp_path: Path, monkeypatch: pyte
     held = human_bytes(sum(values.nbytes for columns in rows.values() for values in columns.values()))
     with monkeypatch.context() as patched:
         patched.setattr("mechanistic.store.manifest.os.fsync", full)
-        with pytest.raises(DiskFullError, match=rf"11 samples .* by the {held} that the first 1 are before"):
+        with pytest.raises(DiskFullError, match=rf"12 samples .* by the {held} that the first 1 are before"):
             writer.commit()
     writer.close()
 
