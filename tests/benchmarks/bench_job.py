@@ -18,6 +18,7 @@ from mechanistic.capture.progress import Progress
 from mechanistic.capture.run_description import CaptureSettings
 from mechanistic.capture.shapes import Shapes
 from mechanistic.capture.specification import parse_sites
+from mechanistic.store import layout
 
 SITES = ("text.*.resid_post", "text.*.q", "text.*.k", "text.*.v")
 
@@ -56,7 +57,11 @@ def throughput(loaded: LoadedModel, settings: CaptureSettings, count: int, folde
 
 
 def memory(loaded: LoadedModel, settings: CaptureSettings, count: int, folder: Path) -> None:
-    """The largest resident memory during a run, and during one ten times longer."""
+    """The largest resident memory during a run, and during one ten times longer.
+
+    With shards as small as they get, so that the short run too fills every buffer.
+    """
+    layout.SHARD_BYTES = 1
     for samples in (count, 10 * count):
         progress = Progress(samples, stream=io.StringIO(), quiet=True)
         job = Job(loaded, Shapes(samples), folder / f"memory{samples}", settings)
