@@ -8,6 +8,8 @@ import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -137,6 +139,19 @@ def test_linear_probe__streamed_equals_whole() -> None:
     assert (whole["prediction"] == streamed["prediction"]).mean() > 0.999
     np.testing.assert_allclose(whole["coefficient"], streamed["coefficient"], atol=1e-4)
     np.testing.assert_allclose(whole["accuracy"], streamed["accuracy"], atol=2e-3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 12), st.integers(1, 4), st.sampled_from([20, 50, 120]))
+def test_linear_probe__any_chunking_gives_the_same(row: int, feature: int, layer: int, held: int) -> None:
+    rows = last_rows().compute()
+    whole = linear_probe(rows, target="relation", repetitions=1)
+    cut = rows.chunk(sample=row, d_model=feature, layer=layer)
+    found = linear_probe(cut, target="relation", repetitions=1, max_bytes=12 * 4 * held).compute()
+    # Rounding may turn a row whose two best scores are as good as equal.
+    assert float((found["prediction"] == whole["prediction"]).mean()) > 0.99
+    np.testing.assert_allclose(found["shuffled_accuracy"], whole["shuffled_accuracy"], atol=0.01)
+    np.testing.assert_allclose(found["coefficient"], whole["coefficient"], atol=1e-4)
 
 
 def test_linear_probe__reads_every_row_once() -> None:
