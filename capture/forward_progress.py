@@ -22,6 +22,10 @@ class ForwardProgress(Progress):
         rate = f"{state['samples_per_second']:.1f} {self.unit}/s"
         return f"{self.done}/{self.total} {self.unit}  {rate}  {left} left"
 
+    def step(self) -> None:
+        """Count one forward."""
+        self.advance(1, 0, lambda: 0)
+
     def skip(self, forwards: int) -> None:
         """Count forwards that were done before, which say nothing about the rate."""
         self.done += forwards
