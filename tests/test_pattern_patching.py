@@ -193,9 +193,8 @@ def test_patch__rows_of_attention_of_the_bundled_model_are_those_put_in_by_hand(
             assert float(result["patched"][0, 0, place]) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("stored", ["llava", "qwen2_5_vl"], indirect=True)
 def test_patch__stored_rows_of_attention_are_enough(stored: Stored, tmp_path: Path) -> None:
-    if stored.name not in ("llava", "qwen2_5_vl"):
-        pytest.skip("one family of each kind of encoder")
     sites = ["text.*.resid_pre", "text.*.pattern[last]", "vision.*.pattern"]
     capture_run(
         stored.loaded, Listed(stored.pair), tmp_path / "run", sites=sites, max_new_tokens=0, quiet=True
@@ -216,9 +215,8 @@ def test_patch__stored_rows_of_attention_are_enough(stored: Stored, tmp_path: Pa
         rows.patched(sites="vision/z", positions="image")
 
 
+@pytest.mark.parametrize("stored", ["qwen2_vl"], indirect=True)
 def test_patch__refuses_attention_between_samples_of_other_lengths(stored: Stored, tmp_path: Path) -> None:
-    if stored.name != "qwen2_vl":
-        pytest.skip("one family will do")
     longer = replace(stored.pair[1], question="where is the very green ring relative to the blue circle ?")
     wider = replace(stored.pair[1], images=(picture(7, 64, 32),))
     taller = replace(stored.pair[0], images=(picture(7, 32, 64),))
