@@ -17,8 +17,9 @@ from .dataset import Dataset
 from .models import LoadedModel
 from .prompts import template_of
 from .proof import Proof
+from .residual import require_halves
 from .sites import ResolvedSite
-from .specification import ROW_SITES, SiteSpec
+from .specification import INNER_SITES, ROW_SITES, SiteSpec
 from .survey import Survey
 
 SCORING = "the one option that the answer is, or mentions as whole words; else incorrect"
@@ -96,7 +97,7 @@ def software() -> dict[str, str]:
 def run_groups(
     sites: Sequence[ResolvedSite], survey: Survey, settings: CaptureSettings, proof: Proof
 ) -> list[GroupSchema]:
-    """Every growing group of the run."""
+    """Every growing group of the run. ModelError for a site inside layers that have no such inside."""
     option = {"option": np.arange(survey.options, dtype=np.int32)}
     groups = [
         GroupSchema("samples", "sample", sample_columns(survey.options, survey.columns), coords=option),
@@ -119,5 +120,8 @@ def _described(site: ResolvedSite, proof: Proof) -> dict[str, Any]:
     if site.spec.site in ("q", "k", "xq", "xk", *ROW_SITES):
         rules = {str(layer): stack.attention[str(layer)] for layer in site.layers}
         return {"attention": rules, "heads_per_kv_head": site.stack.heads // site.stack.kv_heads}
-    definition = {} if stack.halves is None else stack.halves.define(site.layers)
-    return {"definition": definition[site.spec.site]} if site.spec.site in definition else {}
+    if site.spec.site not in INNER_SITES:
+        return {}
+    require_halves(site.stack.name, site.spec.site, stack.halves)
+    assert stack.halves is not None
+    return {"definition": stack.halves.define(site.layers)[site.spec.site]}

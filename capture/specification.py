@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from mechanistic.store.errors import SpecificationError
 
 STACKS = ("text", "vision", "vision_global", "qformer")
+# Between the two halves of a layer, and what each half adds.
+INNER_SITES = ("resid_mid", "attn_out", "mlp_out")
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 ATTENTION_SITES = ("q", "k", "v", "z")
 # Cross-attention: queries of the stack itself, keys and values of the tokens that it reads.

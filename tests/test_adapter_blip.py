@@ -68,6 +68,16 @@ def hooks(model: Any) -> list[int]:
     return [len(getattr(module, name)) for module in model.modules() for name in names]
 
 
+def test_blip__a_site_inside_its_layers_is_refused_before_there_is_a_folder(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"'text\.\*\.attn_out' is not defined in this model"):
+        capture_run(
+            loaded, Listed(samples(ZOO["blip"])), tmp_path / "run", sites=["text.*.attn_out"], quiet=True
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_blip__the_tap_changes_no_logit_and_leaves_nothing(loaded: LoadedModel, batch: Batch) -> None:
     plain, had = logits(loaded, batch), hooks(loaded.model)
     inner: list[AttentionCall] = []
