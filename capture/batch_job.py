@@ -26,6 +26,7 @@ from .dataset import Dataset, Sample
 from .failures import SampleError, failed_rows
 from .forward import site_rows
 from .interruption import Interruption
+from .memory import free_memory
 from .models import LoadedModel
 from .outputs import holds_something
 from .parts import PartOf
@@ -118,13 +119,15 @@ class Job:
     def open(self) -> RunWriter:
         """Prove the model, then start the run or continue it."""
         attributes = run_attributes(self.loaded, self.dataset, self.settings, self.proof)
+        # What the model does not have is refused before there is any folder.
+        groups = self.groups
         if self.part:
             open_root(self.root, attributes, parts=self.part.count)
             part = self.part.attributes(len(self.dataset))
             attributes = {**attributes, "capture": {**attributes["capture"], "part": part}}
         if holds_something(self.path):
             return RunWriter.resume(self.path, attributes)
-        return RunWriter.create(self.path, attributes, self.groups, samples=len(self.span))
+        return RunWriter.create(self.path, attributes, groups, samples=len(self.span))
 
     def run(
         self, writer: RunWriter, progress: Progress, interruption: Interruption, *, fail_fast: bool = False
@@ -149,6 +152,8 @@ class Job:
                     raise
         self.put_readout(writer)
         writer.finish()
+        # Else a process keeps the room for a window and some shards, besides what its next job takes.
+        free_memory()
 
     def retry(
         self, writer: RunWriter, sample_ids: Sequence[str], progress: Progress, interruption: Interruption
