@@ -85,6 +85,8 @@ class VllmBackend:
         if not generate or not max_new_tokens:
             answers = [[0] * max_new_tokens for _ in samples]
         else:
+            # Hooks of an earlier job would not know these requests.
+            self.unwatch()
             names = self.engine.names(len(samples))
             answers = self._answers(asked, self._requests(asked, max_new_tokens), names, max_new_tokens)
         return answered(self.loaded, asked, 0, answers, texts)

@@ -19,12 +19,15 @@ import mechanistic.capture.vllm_backend as vllm_backend
 import mechanistic.capture.vllm_engine as vllm_engine
 import mechanistic.capture.vllm_recorder as vllm_recorder
 import mechanistic.capture.vllm_spool as vllm_spool
+from mechanistic.analysis import compare_runs
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import load_model
+from mechanistic.capture.repair import repair_run
 from mechanistic.store import open_run, read_manifest
 from mechanistic.store.errors import CaptureError
 from mechanistic.store.merge import merge_run
 
+LOST = ("text/resid_post/resid_post", "vision/q/q")
 SITES = ("text.*.resid_post", "text.*.q[text]", "text.0.k", "text.1.attn_stats[text]")
 
 
@@ -97,6 +100,23 @@ def test_capture_run__continued_after_a_kill_equals_uninterrupted(
         capture_run(loaded, data, tmp_path / "parts", part=(index, 2), **settings)
     merge_run(tmp_path / "parts")
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_repair_run__puts_back_what_was_lost_and_the_run_compares_as_before(
+    zoo: Path, tmp_path: Path, engine: Callable[..., Any]
+) -> None:
+    loaded, data, path = engine(zoo / "llava"), Listed(samples("llava")[:3]), tmp_path / "run"
+    sites = ("text.*.resid_post", "vision.*.q")
+    capture_run(loaded, data, path, sites=sites, batch_size=2, max_new_tokens=1, quiet=True)
+    capture_run(loaded, data, tmp_path / "again", sites=sites, batch_size=2, max_new_tokens=1, quiet=True)
+    lost = [next(each for each in (path / name / "c").rglob("*") if each.is_file()) for name in LOST]
+    for file in lost:
+        file.unlink()
+    done = repair_run(path, loaded, data)
+    assert len(done.places) == len(lost)
+    assert all(file.exists() for file in lost)
+    compared = compare_runs(open_run(tmp_path / "again"), open_run(path))
+    assert float(compared["relative_difference"].max()) < 1e-6
 
 
 def test_capture_run__preempted_requests_are_computed_again_and_agree(
