@@ -12,6 +12,7 @@ import xarray as xr
 
 from mechanistic.store import group, open_run
 from mechanistic.store.errors import UsageError
+from mechanistic.store.schema import KIND
 
 from .attention_boxes import attention_boxes
 from .attention_concentration import attention_concentration
@@ -61,6 +62,17 @@ def _layers(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) 
             plot_layers(split, str(name), save_path=path.with_name(f"{path.name}_{name}.png"))
 
 
+def _rollout(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) -> None:
+    """How much of each row has come from image tokens, layer by layer."""
+    rollout = result["attention_rollout"]
+    shares = rollout.where(rollout["kind"] == KIND["image"], 0).groupby("sample_index").sum()
+    shares = shares.rename(sample_index="sample").reset_index("sample")
+    shares = shares.rename(sample="sample_index").assign_attrs(
+        units="1", long_name="attention rollout on image tokens"
+    )
+    _layers(run, shares.to_dataset(name="image"), options, path)
+
+
 def _probe(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) -> None:
     title = f"{options.target} at {options.tokens}"
     plot_probe(result, title=title, save_path=path.with_name(f"{path.name}.png"))
@@ -101,7 +113,9 @@ ANALYSES: Mapping[str, Analysis] = {
     "two-hop": Analysis(
         "last -> image and last -> text -> image", lambda run, o: two_hop(run, source=o.tokens), _layers
     ),
-    "rollout": Analysis("attention rollout of one row", lambda run, o: rollout_row(run, tokens=o.tokens)),
+    "rollout": Analysis(
+        "attention rollout of one row", lambda run, o: rollout_row(run, tokens=o.tokens), _rollout
+    ),
     "heads": Analysis(
         "heads ranked by every criterion", lambda run, o: head_importance(run), _heads, per_sample=False
     ),

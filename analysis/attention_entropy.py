@@ -107,7 +107,7 @@ def entropy_statistic(*, normalize: bool = False) -> RowStatistic:
 
 def _entropy_of_rows(rows: AttentionRows) -> NDArray[Any]:
     # With s the shifted logits and Z the sum of exp(s): -sum p log p = log Z - sum exp(s) s / Z.
-    expected = np.einsum("hqk,hqk->hq", rows.exponentials, rows.scores) / rows.totals
+    expected = np.vecdot(rows.exponentials, rows.scores) / rows.totals
     held = 1 if rows.sums is rows.totals else np.nan_to_num(rows.sums) / rows.totals
     return np.asarray(np.maximum(held * np.log(rows.totals) - expected, 0)[..., None])
 

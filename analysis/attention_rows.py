@@ -27,6 +27,9 @@ Floats = NDArray[np.float32]
 # Finite, so that 0 * MASKED is 0 and not NaN in sum p log p; exp of it is exactly 0.
 MASKED = np.float32(-1e30)
 
+# Scores and their exponentials are read several times: they should stay in a core's own cache.
+TILE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class AttentionRows:
@@ -179,35 +182,50 @@ def walk_rows(
         these, those = slice(rows.start[number], rows.stop[number]), slice(keys.start[at], keys.stop[at])
         of_key = {name: values[those] for name, values in key_columns.items()}
         _require_complete(of_key["position"], int(rows.sample[number]))
-        # (kv_head, d_head, key): the layout that the matrix product reads in order.
-        keys_of_sample = np.ascontiguousarray(key[those].astype(np.float32).transpose(1, 2, 0))
+        # (kv_head, d_head, key): the layout that the matrix product reads in order; the scale goes here, as
+        # several query heads share a key head.
+        keys_of_sample = np.multiply(
+            key[those].transpose(1, 2, 0), np.float32(rule.scale), dtype=np.float32, order="C"
+        )
         for start in range(these.start, these.stop, ROW_BLOCK):
             piece = slice(start, min(start + ROW_BLOCK, these.stop))
             of_query = {name: values[piece] for name, values in query_columns.items()}
             stop = rule.key_stop(of_query, of_key)
             near = {name: values[:stop] for name, values in of_key.items()}
             banned = ~rule.allowed(of_query, of_key)[:, :stop]
-            scaled = query[piece].astype(np.float32) * np.float32(rule.scale)
+            ceiling = _ceiling(banned)
             for kv, heads in groups:
-                scores = _scores(scaled[:, heads], keys_of_sample[kv, :, :stop], rule.softcap, banned)
-                sinks = None if rule.sinks is None else rule.sinks[heads]
-                yield piece, _normalise(scores, banned, sinks, of_query, near, heads, layer)
+                for part in _tiles(heads, *banned.shape):
+                    asked = np.ascontiguousarray(query[piece, part].transpose(1, 0, 2), np.float32)
+                    scores = _scores(asked, keys_of_sample[kv, :, :stop], rule.softcap, ceiling)
+                    sinks = None if rule.sinks is None else rule.sinks[part]
+                    yield piece, _normalise(scores, banned, sinks, of_query, near, part, layer)
 
 
-def _scores(query: Floats, key: Floats, softcap: float | None, banned: NDArray[np.bool_]) -> Floats:
-    """Logits (head, query, key) of the heads of one group, as one matrix product."""
-    rows, heads, width = query.shape
+def _tiles(heads: NDArray[np.int64], rows: int, keys: int) -> list[NDArray[np.int64]]:
+    """The heads that share a key head, as many at a time as have scores of TILE_BYTES."""
+    most = max(1, TILE_BYTES // (4 * rows * max(1, keys)))
+    return [heads[first : first + most] for first in range(0, len(heads), most)]
+
+
+def _ceiling(banned: NDArray[np.bool_]) -> Floats:
+    """(query, key): what no score may exceed; only of the keys from the first that some query may not see."""
+    edge = banned[:, banned.any(axis=0).argmax() :] if banned.any() else banned[:, :0]
+    return np.where(edge, MASKED, np.float32(np.inf))
+
+
+def _scores(query: Floats, key: Floats, softcap: float | None, ceiling: Floats) -> Floats:
+    """Logits (head, query, key) of heads that share a key head, as one matrix product."""
+    heads, rows, width = query.shape
     # What is not finite is found by its totals, and reported with its sample: no warning besides.
     with np.errstate(invalid="ignore", over="ignore"):
-        scores: Floats = np.ascontiguousarray(query.transpose(1, 0, 2)).reshape(heads * rows, width) @ key
+        scores: Floats = query.reshape(heads * rows, width) @ key
         if softcap is not None:
             np.tanh(np.divide(scores, np.float32(softcap), out=scores), out=scores)
             scores *= np.float32(softcap)
     scores = scores.reshape(heads, rows, key.shape[-1])
-    touched = np.flatnonzero(banned.any(axis=0))
-    if touched.size:
-        edge = scores[..., touched[0] :]
-        np.copyto(edge, MASKED, where=banned[None, :, touched[0] :])
+    edge = scores[..., scores.shape[-1] - ceiling.shape[-1] :]
+    np.fmin(edge, ceiling, out=edge)
     return scores
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
+from dask.base import tokenize
 from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError
@@ -88,10 +89,8 @@ def align_blocks(query: xr.DataArray, key: xr.DataArray, *, max_bytes: int = MAX
         key = key.isel({key_axis: np.concatenate([np.arange(*part) for part in wanted] or [np.arange(0)])})
     counts = keys.stop - keys.start
     return AlignedBlocks(
-        query.chunk(
-            _chunks(query, query_axis, [int((rows.stop - rows.start)[a:b].sum()) for a, b in blocks])
-        ),
-        key.chunk(_chunks(key, key_axis, [int(counts[a:b].sum()) for a, b in blocks])),
+        _regrouped(query, query_axis, [int((rows.stop - rows.start)[a:b].sum()) for a, b in blocks]),
+        _regrouped(key, key_axis, [int(counts[a:b].sum()) for a, b in blocks]),
         tuple(b - a for a, b in blocks),
     )
 
@@ -220,8 +219,45 @@ def _ranges(start: NDArray[np.int64], stop: NDArray[np.int64]) -> list[tuple[int
     ]
 
 
-def _chunks(array: xr.DataArray, axis: str, rows: list[int]) -> dict[Any, Any]:
-    return {dim: tuple(rows) if dim == axis else 1 if dim == "layer" else -1 for dim in array.dims}
+def _regrouped(array: xr.DataArray, axis: str, rows: list[int]) -> xr.DataArray:
+    """The array in blocks of one layer x these rows, each read by one task of its own.
+
+    As tasks of the same graph, dask would read the pieces of many blocks before it works on the first.
+    """
+    values = array.data
+    if not isinstance(values, da.Array):
+        return array.chunk({axis: tuple(rows), "layer": 1})
+    read = da.blockwise(
+        _Source(values, np.cumsum([0, *rows])),
+        (0, 1, 2, 3),
+        da.from_array(np.arange(values.shape[0]), chunks=1),
+        (0,),
+        da.from_array(np.arange(len(rows)), chunks=1),
+        (1,),
+        name=f"regrouped-{tokenize(values.name, rows)}",
+        new_axes={2: values.shape[2], 3: values.shape[3]},
+        adjust_chunks={1: tuple(rows)},
+        dtype=values.dtype,
+        meta=values._meta,
+    )
+    labels = {
+        name: label.chunk({axis: tuple(rows)}) if axis in label.dims else label
+        for name, label in array.coords.items()
+    }
+    return xr.DataArray(read, labels, array.dims, array.name, array.attrs)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A lazy array, of which a task reads its own rows."""
+
+    array: da.Array
+    edges: NDArray[np.int64]
+
+    def __call__(self, layer: NDArray[np.int64], block: NDArray[np.int64]) -> NDArray[Any]:
+        rows = slice(self.edges[block[0]], self.edges[block[0] + 1])
+        part = self.array[layer[0] : layer[0] + 1, rows]
+        return np.asarray(part.compute(scheduler="synchronous"))
 
 
 def _column(array: xr.DataArray, name: str, chunks: tuple[int, ...]) -> Any:

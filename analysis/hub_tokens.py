@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from .blocks import MAX_BYTES, sample_spans
-from .text_hops import FirstHop, map_hops, text_hops
+from .text_hops import FirstHop, map_hops, stacked_hops
 
 Floats = NDArray[np.float32]
 
@@ -44,7 +44,7 @@ def hub_tokens(
     ------
     as `two_hop`.
     """
-    hops = text_hops(
+    hops, labels = stacked_hops(
         run,
         via=via,
         source=source,
@@ -54,22 +54,22 @@ def hub_tokens(
         sample=sample,
         max_bytes=max_bytes,
     )
-    is_via = np.asarray(hops["is_via"].values)
-    texts = np.array([str(text) for text in hops["token_text"].values], object)
+    is_via = np.asarray(labels["is_via"].values)
+    texts = np.array([str(text) for text in labels["token_text"].values], object)
     words, code = np.unique(texts[is_via], return_inverse=True)
     word_of_row = np.full(len(texts), -1)
     word_of_row[is_via] = code
-    pairs = np.unique(np.stack([np.asarray(hops["sample_index"].values)[is_via], code]), axis=1)
+    pairs = np.unique(np.stack([np.asarray(labels["sample_index"].values)[is_via], code]), axis=1)
     kernel = partial(_word_sums, words=len(words))
-    sums = map_hops(kernel, hops, first_hop, (len(words), 2), word_of_row, per="block").sum(axis=1)
+    sums = map_hops(kernel, hops, labels, first_hop, (len(words), 2), word_of_row, per="block").sum(axis=1)
     mean = sums[..., 0] / da.where(sums[..., 1] > 0, sums[..., 1], np.nan)
     attrs = {"units": "1", "long_name": "part of the indirect mass through this word"}
     variables = {
         "hub_share": (("layer", "head", "word"), mean.astype(np.float32), attrs),
         "n_sample": ("word", np.bincount(pairs[1]).astype(np.int64), {"units": "sample"}),
     }
-    coords = {"layer": hops["layer"], "head": hops["head"], "word": words}
-    return xr.Dataset(variables, coords, {**hops.attrs, "first_hop": first_hop})
+    coords = {"layer": labels["layer"], "head": labels["head"], "word": words}
+    return xr.Dataset(variables, coords, {**labels.attrs, "first_hop": first_hop})
 
 
 def _word_sums(

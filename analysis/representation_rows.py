@@ -17,6 +17,7 @@ from mechanistic.store.schema import STATUS
 
 from .head_rows import heads_as_layers
 from .splits import with_samples
+from .take_rows import take_rows
 from .token_selection import select_layers, select_tokens
 
 MAX_BYTES = 256 << 20
@@ -103,7 +104,7 @@ def _from_run(run: xr.DataTree, site: str, tokens: str | None, labels: Iterable[
         return rows
     good = np.asarray(rows["status"].values) == STATUS["ok"]
     axis = str(rows["status"].dims[0])
-    return (rows if good.all() else rows.isel({axis: np.flatnonzero(good)})).drop_vars("status")
+    return (rows if good.all() else take_rows(rows, axis, np.flatnonzero(good))).drop_vars("status")
 
 
 def _only_array(rows: xr.Dataset) -> xr.DataArray:

@@ -62,6 +62,33 @@ def text_hops(
                         `attention_statistics`.
     SpecificationError  a selection that does not parse.
     """
+    hops, labels = stacked_hops(
+        run,
+        via=via,
+        source=source,
+        target=target,
+        stack=stack,
+        layer=layer,
+        sample=sample,
+        max_bytes=max_bytes,
+    )
+    dims = ("layer", token_axis(labels), "head")
+    variables = {name: (dims, hops[:, :, place], attrs) for place, (name, attrs) in enumerate(_ATTRS.items())}
+    return labels.assign(variables)
+
+
+def stacked_hops(
+    run: xr.DataTree,
+    *,
+    via: str,
+    source: str,
+    target: str,
+    stack: str,
+    layer: int | Sequence[int] | None,
+    sample: int | Sequence[int] | None,
+    max_bytes: int,
+) -> tuple[Any, xr.Dataset]:
+    """Both hops as one dask array (layer, token, hop, head), and its tokens' labels; see `text_hops`."""
     inputs = attention_inputs(run, stack=stack, tokens=f"{via}+{source}", layer=layer, sample=sample)
     query, key = inputs.query, inputs.key
     axis = token_axis(query)
@@ -76,11 +103,10 @@ def text_hops(
         key_columns=(*mask_columns(key), "is_target"),
         shape=(len(_ATTRS), query.sizes["head"]),
     )
-    dims = ("layer", axis, "head")
-    variables = {name: (dims, hops[:, :, place], attrs) for place, (name, attrs) in enumerate(_ATTRS.items())}
-    coords = {name: coord for name, coord in query.coords.items() if set(coord.dims) <= set(dims)}
+    dims = {"layer", axis, "head"}
+    coords = {name: coord for name, coord in query.coords.items() if set(coord.dims) <= dims}
     attrs = {"stack": stack, "via": via, "source": source, "target": target, "computed_from": "q and k"}
-    return xr.Dataset(variables, coords, attrs).chunk({axis: hops.chunks[1]})
+    return hops, xr.Dataset({}, coords, attrs).chunk({axis: hops.chunks[1]})
 
 
 def _ends(query: xr.Dataset, axis: str, via: str, source: str) -> dict[str, Any]:
@@ -140,51 +166,62 @@ def _mass_on_target(rows: AttentionRows) -> NDArray[np.float32]:
 
 def map_hops(
     kernel: Callable[..., NDArray[Any]],
-    hops: xr.Dataset,
+    hops: Any,
+    labels: xr.Dataset,
     first_hop: str,
     shape: tuple[int, ...],
-    *labels: NDArray[Any],
+    *columns: NDArray[Any],
     per: Literal["sample", "block"],
 ) -> Any:
     """The dask array (layer, sample or block, head, *shape) that `kernel` makes of blocks of whole samples.
 
-    kernel(weight, mass, first, sample_index, position, is_source, is_via, *labels) gets weight_from_source
-    and mass_on_target (layer, token, head), m_t (layer, token), and columns (token).
+    kernel(weight, mass, first, sample_index, position, is_source, is_via, *columns) gets weight_from_source
+    and mass_on_target (layer, token, head), m_t (layer, token), and columns (token). Attention is rebuilt in
+    the same task, and let go of: what is kept does not grow with the tokens.
     """
-    weight, mass = hops["weight_from_source"].data, hops["mass_on_target"].data
-    chunks = (weight.chunks[1],)
+    if first_hop not in ("same", "earlier"):
+        raise SpecificationError(
+            f"There is no first hop {first_hop!r}.", "Take it from the 'same' layer or from 'earlier' ones."
+        )
+    chunks = (hops.chunks[1],)
     counts: tuple[int, ...] = (1,) * len(chunks[0])
     if per == "sample":
-        start = sample_spans(np.asarray(hops["sample_index"].values)).start
+        start = sample_spans(np.asarray(labels["sample_index"].values)).start
         edges = np.searchsorted(start, np.concatenate([[0], np.cumsum(chunks[0])]))
         counts = tuple(np.diff(edges).tolist())
-    arguments: list[Any] = [weight, (0, 1, 2), mass, (0, 1, 2), _first_hop(mass, first_hop), (0, 1)]
+    arguments: list[Any] = [hops, (0, 1, 9, 2)]
+    arguments += [None, None] if first_hop == "same" else [_mean_below(hops[:, :, 1]), (0, 1)]
     for name in ("sample_index", "position", "is_source", "is_via"):
-        arguments += [da.asarray(hops[name].data).rechunk(chunks), (1,)]
-    for values in labels:
+        arguments += [da.asarray(labels[name].data).rechunk(chunks), (1,)]
+    for values in columns:
         arguments += [da.from_array(values, chunks=chunks), (1,)]
     extra = tuple(range(3, 3 + len(shape)))
     return da.blockwise(
-        kernel,
+        partial(_call_kernel, kernel=kernel),
         (0, 1, 2, *extra),
         *arguments,
         new_axes=dict(zip(extra, shape, strict=True)),
         adjust_chunks={1: counts},
+        concatenate=True,
         align_arrays=False,
         dtype=np.float32,
         meta=np.empty((0,) * (3 + len(shape)), np.float32),
     )
 
 
-def _first_hop(mass: Any, first_hop: str) -> Any:
-    """m_t (layer, token): the mean over heads, here or over the layers below."""
+def _call_kernel(
+    hops: NDArray[np.float32],
+    first: NDArray[np.float32] | None,
+    *columns: NDArray[Any],
+    kernel: Callable[..., NDArray[Any]],
+) -> NDArray[Any]:
+    weight, mass = hops[:, :, 0], hops[:, :, 1]
+    return kernel(weight, mass, mass.mean(axis=-1) if first is None else first, *columns)
+
+
+def _mean_below(mass: Any) -> Any:
+    """m_t (layer, token): the mean over heads, averaged over the layers below."""
     mean = mass.mean(axis=-1)
-    if first_hop == "same":
-        return mean
-    if first_hop != "earlier":
-        raise SpecificationError(
-            f"There is no first hop {first_hop!r}.", "Take it from the 'same' layer or from 'earlier' ones."
-        )
     seen = da.cumsum((~da.isnan(mean)).astype(np.int32), axis=0)
     total = da.cumsum(da.nan_to_num(mean), axis=0)
     below = np.arange(1, mean.shape[0] + 1, dtype=np.float32)[:, None]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from mechanistic.store.errors import DataError, DimensionError, SpecificationError
 from mechanistic.store.schema import KIND
 
+from .take_rows import take_rows
+
 _KINDS = ("image", "special", "answer")
 _ROLES = ("subject", "object", "relation", "option")
 _TERM = re.compile(r"\s*(?:'(?P<text>[^']*)'|@(?P<place>-?\d+)|(?P<name>\w+))\s*(?:\+|$)")
@@ -59,7 +61,7 @@ def select_tokens(dataset: xr.Dataset, tokens: str | None) -> xr.Dataset:
             f"none of the {dataset.sizes[axis]} tokens held here is {tokens}.",
             "Choose tokens that this site was captured for; its 'kind', 'is_*' and 'token_text' show them.",
         )
-    return dataset.isel({axis: rows})
+    return take_rows(dataset, axis, rows)
 
 
 def token_mask(dataset: xr.Dataset, tokens: str) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from .blocks import MAX_BYTES, sample_spans
-from .text_hops import FirstHop, map_hops, text_hops
+from .text_hops import FirstHop, map_hops, stacked_hops
 
 Floats = NDArray[np.float32]
 
@@ -74,7 +74,7 @@ def two_hop(
                         `attention_statistics`.
     SpecificationError  an unknown first hop, or a selection that does not parse.
     """
-    hops = text_hops(
+    hops, labels = stacked_hops(
         run,
         via=via,
         source=source,
@@ -84,18 +84,18 @@ def two_hop(
         sample=sample,
         max_bytes=max_bytes,
     )
-    spans = sample_spans(np.asarray(hops["sample_index"].values))
-    measured = map_hops(_measures, hops, first_hop, (len(_MEASURES),), per="sample")
+    spans = sample_spans(np.asarray(labels["sample_index"].values))
+    measured = map_hops(_measures, hops, labels, first_hop, (len(_MEASURES),), per="sample")
     variables = {
         name: (("layer", "sample", "head"), measured[..., place], attrs)
         for place, (name, attrs) in enumerate(_MEASURES.items())
     }
     coords = {
-        "layer": hops["layer"],
-        "head": hops["head"],
+        "layer": labels["layer"],
+        "head": labels["head"],
         "sample_index": ("sample", spans.sample.astype(np.int32)),
     }
-    return xr.Dataset(variables, coords, {**hops.attrs, "first_hop": first_hop})
+    return xr.Dataset(variables, coords, {**labels.attrs, "first_hop": first_hop})
 
 
 def _measures(

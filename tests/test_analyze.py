@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from synthetic_run import synthetic_run
 
 from mechanistic.analysis import attention_mass, summarize, with_samples
-from mechanistic.analysis.analyze import ANALYSES
+from mechanistic.analysis.analyze import ANALYSES, Options
 from mechanistic.analysis.cli import main
 from mechanistic.store import open_run
 
@@ -31,6 +32,15 @@ def test_analyze__says_what_to_capture(
 ) -> None:
     assert main(["analyze", str(demo_run), "rollout", "--output-dir", str(tmp_path)]) == 2
     assert "--sites 'text.*.q[all]'" in capsys.readouterr().err
+
+
+def test_analyze__rollout_is_drawn_over_layers(tmp_path: Path) -> None:
+    run = synthetic_run(query_tokens="all")
+    rollout = ANALYSES["rollout"]
+    assert rollout.draw is not None
+    result = rollout.compute(run, Options()).compute()
+    rollout.draw(run, result, Options(by=("relation",)), tmp_path / "rollout")
+    assert (tmp_path / "rollout_image.png").stat().st_size > 5000
 
 
 def test_analyze__table_holds_the_split_means(demo_run: Path, tmp_path: Path) -> None:
