@@ -98,7 +98,9 @@ def task(name: str, path: str) -> None:
     begun = time.process_time()
     if name == "read":
         run = open_run(path)
-        dask.compute(run["text/q"]["q"].data.max(), run["text/k"]["k"].data.max())
+        # Nothing is done with what is read: a maximum of float16 would cost more than reading it.
+        arrays = [run["text/q"]["q"].data, run["text/k"]["k"].data]
+        dask.compute(*(a.map_blocks(lambda block: block[:1, :1, :1, :1], dtype=a.dtype) for a in arrays))
     elif name == "ours":
         rows = attention_statistics(open_run(path), [entropy_statistic(), mass_statistic()])
         # Of 8 GB, the numbers of every row alone would take half of the memory.
@@ -182,13 +184,14 @@ def main(gigabytes: float) -> None:
         small = measure("ours", folder / "small", limit=True)
         product = measure("product", folder, limit=False)
         usual = measure("usual", folder, limit=False)
-        hops = measure("two_hop", folder / "small", limit=True)
+        hops = measure("two_hop", folder / "run", limit=True)
+        small_hops = measure("two_hop", folder / "small", limit=True)
         usual_hops = measure("usual_two_hop", folder, limit=False)
     finally:
         shutil.rmtree(folder)
     each = {"ours": ours["cpu"] / samples, "read": read["cpu"] / samples}
     each |= {"product": product["cpu"] / FILES, "usual": usual["cpu"] / FILES}
-    each |= {"two_hop": hops["cpu"] / max(FILES, samples // 10), "usual_two_hop": usual_hops["cpu"] / FILES}
+    each |= {"two_hop": hops["cpu"] / samples, "usual_two_hop": usual_hops["cpu"] / FILES}
     stored = samples * sample_bytes / 1e9
     print(f"q and k of {samples} samples x {LAYERS} layers x {TOKENS} tokens: {stored:.1f} GB")
     print("CPU s a sample: " + ", ".join(f"{k} {v:.3f}" for k, v in each.items()))
@@ -198,10 +201,10 @@ def main(gigabytes: float) -> None:
     print(f"  (ours - reading) / product    {(each['ours'] - each['read']) / each['product']:.2f}x")
     peaks = f"{ours['peak']:.0f} MiB; with a tenth of the store: {small['peak']:.0f} MiB"
     print(f"  peak memory, limit 1,024 MiB: {peaks}")
-    # What it keeps of each text token still grows with the store: 8 GB do not fit the limit.
-    print("two hops, every head and layer, of a tenth of the store")
+    print("two hops, every head and layer")
     print(f"  the usual script / ours       {each['usual_two_hop'] / each['two_hop']:.2f}x")
-    print(f"  peak memory, limit 1,024 MiB: {hops['peak']:.0f} MiB")
+    peaks = f"{hops['peak']:.0f} MiB; with a tenth of the store: {small_hops['peak']:.0f} MiB"
+    print(f"  peak memory, limit 1,024 MiB: {peaks}")
 
 
 if __name__ == "__main__":
