@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Job:
             )
         self.texts = TokenTexts(loaded.tokenizer)
         self._committed = 0.0
+        self._ahead = ReadAhead()
 
     @cached_property
     def price(self) -> Price:
@@ -136,12 +138,13 @@ class Job:
         if writer.samples:
             progress.say(f"{self.path} has {writer.samples} of {len(self.span)} samples; continuing")
         done, self._committed = self.span.start + writer.samples, time.monotonic()
+        plans = (self.plan(window) for window in self.windows(self.span) if window[-1] >= done)
         with WriteBehind() as behind:
-            for window in self.windows(self.span):
-                if window[-1] < done:
-                    continue
+            # The images that a window needs first are read while the model works on the one before.
+            last: list[list[int]] = [[]]
+            for plan, (then, *_) in pairwise(chain(plans, [last])):
                 try:
-                    rows = self._window_rows(window, done, progress, interruption, fail_fast=fail_fast)
+                    rows = self._window_rows(plan, then, done, progress, interruption, fail_fast=fail_fast)
                     behind.put(partial(self._write, writer, rows, progress))
                     # Else they would stay in memory, written, until the next window is there.
                     del rows
@@ -170,13 +173,19 @@ class Job:
         writer.finish()
 
     def _window_rows(
-        self, window: list[int], done: int, progress: Progress, interruption: Interruption, *, fail_fast: bool
+        self,
+        plan: list[list[int]],
+        then: list[int],
+        done: int,
+        progress: Progress,
+        interruption: Interruption,
+        *,
+        fail_fast: bool,
     ) -> list[Rows]:
         """The rows of a window from sample `done` on, in order; after a signal of what of it is whole."""
-        plan = self.plan(window)
         left = [batch for batch in plan if batch[-1] >= done]
-        pieces = self.window(left, progress, interruption, fail_fast=fail_fast)
-        ready = committable(plan, {*pieces, *range(window[0], done)})
+        pieces = self.window(left, progress, interruption, then=then, fail_fast=fail_fast)
+        ready = committable(plan, {*pieces, *range(self.span.start, done)})
         return [pieces[number] for number in ready if number >= done]
 
     def _write(self, writer: RunWriter, pieces: Sequence[Rows], progress: Progress) -> None:
@@ -208,10 +217,14 @@ class Job:
         progress: Progress,
         interruption: Interruption,
         *,
+        then: Sequence[int] = (),
         fail_fast: bool = False,
         keep_failed: bool = True,
     ) -> dict[int, Rows]:
-        """The rows of these batches' samples by number, each from its own 0; after a signal, fewer."""
+        """The rows of these batches' samples by number, each from its own 0; after a signal, fewer.
+
+        `then` are the samples whose images the next window needs first.
+        """
 
         def failed(number: int, failure: SampleError) -> Rows:
             if fail_fast:
@@ -221,19 +234,16 @@ class Job:
             return failed_rows(self.dataset[number], failure.error, self.groups) if keep_failed else {}
 
         done: dict[int, Rows] = {}
-        with ReadAhead() as ahead:
-            for batch, following in zip(plan, [*plan[1:], []], strict=True):
-                if interruption.received is not None:
-                    break
-                ahead.start({number: self.dataset[number] for number in following})
-                done |= attempt(batch, partial(self.captured, ahead=ahead), failed, progress.say)
+        for batch, following in zip(plan, [*plan[1:], then], strict=True):
+            if interruption.received is not None:
+                break
+            self._ahead.start({number: self.dataset[number] for number in following})
+            done |= attempt(batch, self.captured, failed, progress.say)
         return {number: rows for number, rows in done.items() if rows}
 
-    def captured(self, numbers: list[int], *, ahead: ReadAhead | None = None) -> list[Rows]:
+    def captured(self, numbers: list[int]) -> list[Rows]:
         """The rows of each of these samples, captured together; SampleError if one cannot be."""
-        samples = [self.dataset[number] for number in numbers]
-        if ahead is not None:
-            samples = [ahead.sample(*numbered) for numbered in zip(numbers, samples, strict=True)]
+        samples = [self._ahead.sample(number, self.dataset[number]) for number in numbers]
         done = self.backend.capture(
             samples,
             self.sites,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
 
 from .dataset import ImageError, Sample, load_image
 
@@ -28,14 +27,6 @@ class ReadAhead:
         """The sample as it was read, or `otherwise` where it was not."""
         reading = self._now.get(number)
         return otherwise if reading is None else reading.result()
-
-    def __enter__(self) -> ReadAhead:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _read(sample: Sample) -> Sample:

@@ -26,27 +26,27 @@ def picture(number: int) -> Sample:
 
 
 def test_read_ahead__gives_what_would_have_been_read() -> None:
-    with ReadAhead() as ahead:
-        ahead.start({1: picture(1)})
-        assert ahead.sample(1, picture(9)).sample_id == "9"
-        ahead.start({2: picture(2)})
-        (loaded,) = ahead.sample(1, picture(9)).images
-        assert isinstance(loaded, LoadedImage)
-        assert loaded.encoded == load_image(picture(1).images[0]).encoded
-        assert load_image(loaded) is loaded
-        assert ahead.sample(2, picture(9)).sample_id == "9"
+    ahead = ReadAhead()
+    ahead.start({1: picture(1)})
+    assert ahead.sample(1, picture(9)).sample_id == "9"
+    ahead.start({2: picture(2)})
+    (loaded,) = ahead.sample(1, picture(9)).images
+    assert isinstance(loaded, LoadedImage)
+    assert loaded.encoded == load_image(picture(1).images[0]).encoded
+    assert load_image(loaded) is loaded
+    assert ahead.sample(2, picture(9)).sample_id == "9"
 
 
 def test_read_ahead__leaves_a_broken_image_to_its_capture(tmp_path: Path) -> None:
     broken = replace(picture(1), images=(tmp_path / "missing.png",))
-    with ReadAhead() as ahead:
-        ahead.start({1: broken})
-        ahead.start({})
-        assert ahead.sample(1, picture(9)) is broken
+    ahead = ReadAhead()
+    ahead.start({1: broken})
+    ahead.start({})
+    assert ahead.sample(1, picture(9)) is broken
 
 
 def test_capture_run__reads_ahead_and_keeps_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, scenes, threads = load_model("spatial-tiny"), Shapes(12), []
+    model, scenes, threads = load_model("spatial-tiny"), Shapes(18), []
     options: dict[str, Any] = {"sites": ["text.*.resid_post[last]"], "batch_size": 3, "quiet": True}
 
     def noted(*args: Any, **kwargs: Any) -> LoadedImage:
@@ -55,8 +55,8 @@ def test_capture_run__reads_ahead_and_keeps_the_same(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(read_ahead, "load_image", noted)
     capture_run(model, scenes, tmp_path / "ahead", **options)
-    # The first batch of a window is read by itself, the others while the model runs.
-    assert len(threads) == 9
+    # Two windows: only the first batch of the first is read by itself, all others while the model runs.
+    assert len(threads) == 15
     assert all(name.startswith("read") for name in threads)
     monkeypatch.setattr(read_ahead, "_read", lambda sample: sample)
     capture_run(model, scenes, tmp_path / "plain", **options)
