@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,44 +13,25 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import SpecificationError
 
-from .embedding_statistics import EmbeddingStatistics, embedding_statistics, embeddings_of, entering
+from .embedding_statistics import embedding_statistics
 from .experiment import (
     UNITS,
     Experiment,
     begin,
     chosen_layers,
-    layer_window,
     place_names,
     places_of,
     require_stack,
-    trial_masks,
     with_mean,
 )
 from .sweep import Sweep, named_sweep
+from .traced_batch import TracedBatch, Tracing
 
 if TYPE_CHECKING:
-    from mechanistic.capture.trial import Metric, Trial
+    from mechanistic.capture.trial import Metric
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 CORRUPTIONS = ("noise", "mean")
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    """What is spoiled, what is restored, and where."""
-
-    stack: str
-    corrupt: str
-    corruption: str
-    scale: float
-    embeddings: EmbeddingStatistics
-    copies: int
-    seed: int
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    places: tuple[str | int, ...]
-    window: int
-    metric: Metric
 
 
 def causal_tracing(
@@ -144,7 +124,7 @@ def causal_tracing(
     _check(sites, corruption, noise_scale, noise_samples, window)
     numbers, named = chosen_layers(experiment, layers, stack), places_of(experiment, places, stack)
     embeddings = embedding_statistics(experiment, corrupt, batch_size, metric, stack)
-    sweep = _Sweep(
+    sweep = Tracing(
         stack=stack,
         corrupt=corrupt,
         corruption=corruption,
@@ -198,7 +178,7 @@ def _check(sites: Sequence[str], corruption: str, scale: float, copies: int, win
         )
 
 
-def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, kept: Sweep, quiet: bool) -> xr.Dataset:
+def _effects(experiment: Experiment, sweep: Tracing, batch_size: int, kept: Sweep, quiet: bool) -> xr.Dataset:
     """Clean, corrupted and restored metric of every sample."""
     import torch
 
@@ -210,7 +190,7 @@ def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, kept: Sweep
     batches = list(experiment.batches(per_batch, sweep.metric))
     with torch.no_grad(), kept.steps(len(batches) * (2 + int(np.prod(shape[1:]))), quiet=quiet) as step:
         for where, prepared in batches:
-            batch = _Batch(experiment, sweep, prepared)
+            batch = TracedBatch(experiment, sweep, prepared)
             clean[where] = step(batch.clean)["value"]
             corrupted[where] = step(batch.corrupted)["value"]
             for index in np.ndindex(*shape[1:]):
@@ -218,101 +198,9 @@ def _effects(experiment: Experiment, sweep: _Sweep, batch_size: int, kept: Sweep
     return _labelled(experiment, sweep, clean, corrupted, restored)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Some samples, prepared when something is measured that no killed sweep has left."""
-
-    experiment: Experiment
-    sweep: _Sweep
-    prepared: Callable[[], Trial]
-
-    @cached_property
-    def known(self) -> tuple[Trial, NDArray[np.bool_], dict[tuple[int, str], Any], Any]:
-        """The trial, its tokens at each place, its states and its logits."""
-        trial, sweep = self.prepared(), self.sweep
-        masks = trial_masks(trial, [sweep.corrupt, *sweep.places], sweep.stack)
-        depth = self.experiment.depth(sweep.stack)
-        sites = [(layer, site) for site in sweep.sites for layer in range(depth)]
-        return trial, masks, *trial.read(sites, stack=sweep.stack)
-
-    @cached_property
-    def spoiled(self) -> tuple[Trial, Any]:
-        """Copies of the trial whose embeddings are spoiled, and their logits."""
-        trial, masks, _, _ = self.known
-        return trial.known(_spoiling(trial, masks[0], self.sweep), self.sweep.copies)
-
-    def clean(self) -> Mapping[str, Any]:
-        """The metric as it is."""
-        trial, _, _, logits = self.known
-        return _mean_of(trial.metric_of(logits, self.sweep.metric))
-
-    def corrupted(self) -> Mapping[str, Any]:
-        """The metric of the spoiled copies."""
-        trial, logits = self.spoiled
-        return _mean_of(trial.metric_of(logits, self.sweep.metric))
-
-    def restored(self, index: tuple[int, ...]) -> Mapping[str, Any]:
-        """The metric of the spoiled copies, a state restored: (site, layer, place) by their places."""
-        import torch
-
-        from mechanistic.capture.trial import put_back
-
-        sweep = self.sweep
-        _, masks, states, _ = self.known
-        site, layer = sweep.sites[index[0]], sweep.layers[index[1]]
-        where = torch.from_numpy(masks[1 + index[2]])
-        wide = sweep.window if site in ("attn_out", "mlp_out") else 1
-        trial, _ = self.spoiled
-        edits = [
-            trial.edit(sweep.stack, number, site, put_back(states[number, site], where, sweep.copies))
-            for number in layer_window(layer, wide, self.experiment.depth(sweep.stack))
-        ]
-        return _mean_of(trial.measure(sweep.metric, edits, sweep.copies))
-
-
-def _mean_of(values: Any) -> Mapping[str, Any]:
-    """Mean over copies (copy, sample)."""
-    return {"value": values.double().mean(0).cpu().numpy()}
-
-
-def _spoiling(trial: Trial, mask: NDArray[np.bool_], sweep: _Sweep) -> list[Any]:
-    """The edits that spoil the chosen embeddings, in every copy with other noise."""
-    import torch
-
-    from mechanistic.capture.corruptions import embedding_noise
-    from mechanistic.capture.interventions import Add
-
-    levels = embeddings_of(trial, sweep.stack)
-    # Each sample has noise of its own, whatever else is in the batch.
-    own_rows = [(0, slice(None))] if sweep.stack == "text" else list(enumerate(trial.crops))
-    edits = []
-    for level, (own, where) in enumerate(zip(levels, entering(trial, mask, len(levels)), strict=True)):
-        if not where.any():
-            continue
-        if sweep.corruption == "mean":
-            mean = torch.from_numpy(sweep.embeddings.means[level]).to(own.device, own.dtype)
-            spoiling = (mean - own) * torch.from_numpy(where)[..., None].to(own.device)
-        else:
-            parts = [
-                embedding_noise(
-                    where[:, tokens],
-                    own.shape[-1],
-                    scale=sweep.scale * sweep.embeddings.deviations[level],
-                    copies=sweep.copies,
-                    seed=sweep.seed,
-                    start=trial.batch.start + row,
-                    level=level,
-                )
-                for row, tokens in own_rows
-            ]
-            spoiling = torch.cat(parts, dim=1)
-        edits.append(trial.edit(sweep.stack, level, "resid_pre", Add(spoiling)))
-    return edits
-
-
 def _labelled(
     experiment: Experiment,
-    sweep: _Sweep,
+    sweep: Tracing,
     clean: NDArray[np.float64],
     corrupted: NDArray[np.float64],
     restored: NDArray[np.float64],

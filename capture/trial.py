@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechanistic.store.errors import CaptureError, DataError, ModelError, SpecificationError, UsageError
+from mechanistic.store.errors import CaptureError, ModelError, SpecificationError, UsageError
 
-from .answers import option_tokens, to_device
+from .answer_tokens import AnswerTokens, find_answer_tokens
+from .answers import to_device
 from .batch import Batch, prepare_batch
 from .dataset import Sample
 from .encoder_edits import OverCrops
@@ -27,19 +28,6 @@ from .resumed_forward import TOLERANCE, ResumedForward, plain_logits, prove_resu
 from .token_table import TokenTexts
 
 Metric = Literal["logit_diff", "prob", "log_prob"]
-
-
-@dataclass(frozen=True)
-class AnswerTokens:
-    """First tokens of what can be answered: `options` (sample, option), -1 where a sample has fewer.
-
-    `right` (sample,) is the place of the right one; `foil` (sample,) that of the one it is compared with, -1
-    for the mean of all others.
-    """
-
-    options: Tensor
-    right: Tensor
-    foil: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,7 @@ class Trial:
             chosen = logits.log_softmax(-1).gather(-1, right)[..., 0]
             return chosen if metric == "log_prob" else chosen.exp()
         options = self.option_logits(logits)
-        others = _foil_weights(self.answers)
+        others = self.answers.foil_weights()
         return logits.gather(-1, right)[..., 0] - (options.nan_to_num() * others).sum(-1)
 
     def option_logits(self, logits: Tensor) -> Tensor:
@@ -237,7 +225,9 @@ def prepare_trial(
         )
     texts = TokenTexts(loaded.tokenizer)
     batch = prepare_batch(loaded, samples, start, max_new_tokens=0, texts=texts, generate=False)
-    answers = _answer_tokens(loaded, batch, foils or [None] * len(samples), compared=metric == "logit_diff")
+    answers = find_answer_tokens(
+        loaded, batch, foils or [None] * len(samples), compared=metric == "logit_diff"
+    )
     inputs = to_device(batch.inputs, loaded.model)
     answers = AnswerTokens(*(each.to(loaded.model.device) for each in vars(answers).values()))
     # Whether images enter in higher layers shows only where there are any.
@@ -272,47 +262,3 @@ def find_halves(trial: Trial) -> dict[str, Halves | None]:
         known = {probe.found[0] if probe.found is not None else None for probe in each}
         found[name] = known.pop() if len(known) == 1 else None
     return found
-
-
-def _answer_tokens(
-    loaded: LoadedModel, batch: Batch, foils: Sequence[str | None], *, compared: bool
-) -> AnswerTokens:
-    words, right, foil = [], [], []
-    for row, sample in enumerate(batch.samples):
-        if sample.answer is None:
-            raise DataError(
-                f"Sample {sample.sample_id!r} has no right answer, so nothing can be measured of it.",
-                "Leave it out, or give its answer.",
-            )
-        own = list(sample.options) or [sample.answer]
-        other = foils[row]
-        if other is not None and other not in own:
-            own.append(other)
-        if compared and len(own) < 2:
-            raise DataError(
-                f"Sample {sample.sample_id!r} has no other option than its answer {sample.answer!r}.",
-                "Give its options, or choose metric='log_prob'.",
-            )
-        words.append(own)
-        right.append(own.index(sample.answer))
-        foil.append(-1 if other is None else own.index(other))
-    ids = torch.full((len(words), max(map(len, words))), -1)
-    for row, own in enumerate(words):
-        found = option_tokens(loaded.tokenizer, batch.prompts[row].text, own)
-        if None in found.ids:
-            raise DataError(
-                f"The answers of sample {batch.samples[row].sample_id!r} cannot be told apart by one token "
-                f"({found.note}).",
-                "Give options whose first tokens differ.",
-            )
-        ids[row, : len(own)] = torch.tensor(found.ids)
-    return AnswerTokens(ids, torch.tensor(right), torch.tensor(foil))
-
-
-def _foil_weights(answers: AnswerTokens) -> Tensor:
-    """How much of each option's logit (sample, option) the right answer's is compared with; sums to 1."""
-    place = torch.arange(answers.options.shape[1], device=answers.options.device)
-    chosen = place == answers.foil[:, None]
-    others = (answers.options >= 0) & (place != answers.right[:, None])
-    weights = torch.where(answers.foil[:, None] < 0, others, chosen).float()
-    return weights / weights.sum(1, keepdim=True)

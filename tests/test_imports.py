@@ -36,6 +36,7 @@ MAY_CALL_CAPTURE = {
     "analysis/pattern_source.py",
     "analysis/steering.py",
     "analysis/swapped_pairs.py",
+    "analysis/traced_batch.py",
     "analysis/sweep.py",
 }
 
