@@ -100,7 +100,9 @@ def task(name: str, path: str) -> None:
         run = open_run(path)
         # Nothing is done with what is read: a maximum of float16 would cost more than reading it.
         arrays = [run["text/q"]["q"].data, run["text/k"]["k"].data]
-        dask.compute(*(a.map_blocks(lambda block: block[:1, :1, :1, :1], dtype=a.dtype) for a in arrays))
+        dask.compute(
+            *(a.map_blocks(lambda block: block[:1, :1, :1, :1].copy(), dtype=a.dtype) for a in arrays)
+        )
     elif name == "ours":
         rows = attention_statistics(open_run(path), [entropy_statistic(), mass_statistic()])
         # Of 8 GB, the numbers of every row alone would take half of the memory.

@@ -98,7 +98,8 @@ def compare(run: xr.DataTree, group: str, name: str, analyses: dict[str, Callabl
 
 
 def _first(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return block[(slice(1),) * block.ndim]
+    # A copy, as a view would keep the whole block.
+    return block[(slice(1),) * block.ndim].copy()
 
 
 def build(path: Path, samples: int) -> None:
