@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xarray as xr
 
 from mechanistic.store import group, open_run
+from mechanistic.store.derived import write_result
 from mechanistic.store.errors import UsageError
 from mechanistic.store.schema import KIND
 
@@ -181,26 +180,17 @@ def analyze_run(
 
 def _one(run: xr.DataTree, name: str, folder: Path, options: Options) -> list[Path]:
     analysis = ANALYSES[name]
-    result = analysis.compute(run, options).compute()
     stored, table = folder / f"{name}.zarr", folder / f"{name}.csv"
-    shutil.rmtree(stored, ignore_errors=True)
-    _storable(result).to_zarr(stored, zarr_format=3, consolidated=False)
+    # Numbers of every row may be more than fits into memory: they are written block by block, then read back.
+    computed = analysis.compute(run, options)
+    write_result(stored, computed)
+    result = xr.open_zarr(stored, chunks={}, consolidated=False)[list(computed.data_vars)]
+    result = result.assign_coords({name: label.compute() for name, label in result.coords.items()})
     summary = result
     if analysis.per_sample:
-        summary = summarize(with_samples(result, run, list(options.by)), by=options.by).compute()
+        summary = summarize(with_samples(result, run, list(options.by)), by=options.by)
     flat = summary[[v for v in summary.data_vars if not {"class", "sample", "token"} & set(summary[v].dims)]]
-    flat.to_dataframe().to_csv(table)
+    flat.compute().to_dataframe().to_csv(table)
     if analysis.draw is not None:
         analysis.draw(run, result, options, folder / name)
     return [stored, table, *sorted(folder.glob(f"{name}*.png"))]
-
-
-def _storable(result: xr.Dataset) -> xr.Dataset:
-    """As Zarr can hold it: strings of any length, and text for attributes that JSON does not know."""
-    plain: tuple[Any, ...] = (str, int, float, bool, list, dict, type(None))
-    fixed = [name for name, variable in result.variables.items() if variable.dtype.kind == "U"]
-    kept = result.assign({name: result[name].astype(object) for name in fixed})
-    kept.attrs = {key: value if isinstance(value, plain) else str(value) for key, value in kept.attrs.items()}
-    for variable in kept.variables.values():
-        variable.encoding.clear()
-    return kept

@@ -179,6 +179,9 @@ def _summary_of_rows(
 
     def summary(rows: NDArray[np.int64]) -> xr.Dataset:
         part = dataset[numeric].isel({axis: rows})
+        if not len(rows):
+            # There is nothing to read, and dask has no blocks of no rows.
+            part = xr.zeros_like(part).compute()
         firsts: Any = slice(None)
         if "sample_index" in part.variables:
             firsts = sample_spans(np.asarray(part["sample_index"].values)).start
@@ -255,6 +258,7 @@ def _mean_by_span(values: Any, start: NDArray[np.int64], place: int) -> Any:
     """Means over the rows from each start to the next, on axis `place`."""
     if not isinstance(values, da.Array):
         return _reduce_spans(np.asarray(values), start, place)
+    dtype = np.result_type(values.dtype, np.float32)
     edges = np.cumsum(values.chunks[place])
     # A block ends where the sample ends that its last row belongs to.
     firsts = np.unique(np.searchsorted(start, np.concatenate([[0], edges[:-1]]), side="left"))
@@ -262,9 +266,7 @@ def _mean_by_span(values: Any, start: NDArray[np.int64], place: int) -> Any:
     row_edges = np.append(start[firsts], values.shape[place])
     rows = tuple(np.diff(row_edges).tolist())
     counts = tuple(np.diff(np.append(firsts, len(start))).tolist())
-    local = np.concatenate(
-        [start[a : a + n] - start[a] for a, n in zip(firsts, counts, strict=True)] or [start]
-    )
+    local = np.concatenate([start[a : a + n] - start[a] for a, n in zip(firsts, counts, strict=True)])
     dims = tuple(range(values.ndim))
     starts = da.from_array(local, chunks=(counts,))
     return da.blockwise(
@@ -276,8 +278,8 @@ def _mean_by_span(values: Any, start: NDArray[np.int64], place: int) -> Any:
         (place,),
         adjust_chunks={place: counts},
         align_arrays=False,
-        dtype=values.dtype,
-        meta=np.empty((0,) * values.ndim, values.dtype),
+        dtype=dtype,
+        meta=np.empty((0,) * values.ndim, dtype),
     )
 
 

@@ -92,6 +92,9 @@ def test_summarize__a_table_of_two_labels_counts_empty_cells() -> None:
     assert summary["value"].dims == ("correct", "word", "layer")
     assert summary["n_sample"].values.tolist() == [[1, 1], [2, 0]]
     np.testing.assert_array_equal(summary["value"].values[..., 0], [[10, 20], [3, np.nan]])
+    lazy = summarize(rows_by_hand().chunk(token=2).sel(token=[0, 2, 3, 5]), by=["correct", "word"])
+    assert isinstance(lazy["value"].data, da.Array)
+    xr.testing.assert_equal(lazy.compute(), summary)
 
 
 def test_summarize__equals_xarray_groupby() -> None:
