@@ -7,15 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mechanistic.store.errors import SpecificationError
 
-from .forward_cache import ForwardCache, weakly
+from .forward_cache import ForwardCache, as_array, weakly
 from .hooks import Hooks, on_host
 from .layer_names import layer_modules, resolve_module
 from .residual import first_tensor
@@ -110,9 +107,3 @@ class ActivationCache(ForwardCache[Tensor]):
         from .cache_run import write_residuals
 
         return write_residuals(Path(path), self._attached(), self._kept, self._inputs, processor)
-
-
-def as_array(tensor: Tensor) -> NDArray[Any]:
-    """A numpy array; bfloat16, which numpy lacks, as float32."""
-    array: NDArray[Any] = np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
-    return array

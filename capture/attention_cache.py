@@ -4,59 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import xarray as xr
 from torch import Tensor, nn
 
 from mechanistic.store.errors import CaptureError, SpecificationError
 
-from .attention_rows import row_blocks
+from .attended import Attended
 from .forward_cache import ForwardCache, weakly
 from .hooks import Hooks, on_host
 from .layer_names import attention_modules, resolve_attention
 from .tap import AttentionCall, Tap
-
-
-@dataclass
-class Attended:
-    """One run of an attention module: what it was called with, or the weights that it gave itself."""
-
-    calls: list[AttentionCall] = field(default_factory=list)
-    weights: Tensor | None = None
-
-    @property
-    def source_dtype(self) -> str:
-        """The dtype that the model attended in."""
-        seen = self.calls[0].query if self.calls else self.weights
-        assert seen is not None
-        return str(seen.dtype).removeprefix("torch.")
-
-    def pattern(self) -> Tensor:
-        """(batch, head, query, key), float32; NaN in the rows of queries that may look at no key.
-
-        An encoder that attends to its tokens in several calls gives the blocks of one pattern, 0 elsewhere.
-        """
-        if self.weights is not None:
-            return self.weights.float()
-        blocks = [_weights(call) for call in self.calls]
-        if len(blocks) == 1:
-            return blocks[0]
-        batch, heads = blocks[0].shape[:2]
-        if any(block.shape[:2] != (batch, heads) for block in blocks):
-            raise CaptureError(
-                f"{type(self.calls[0].module).__name__} attends in calls of different batches.",
-                "This architecture needs an adapter; capture q and k of another stack.",
-            )
-        whole = blocks[0].new_zeros(batch, heads, *(sum(b.shape[d] for b in blocks) for d in (2, 3)))
-        query = key = 0
-        for block in blocks:
-            whole[:, :, query : query + block.shape[2], key : key + block.shape[3]] = block
-            query, key = query + block.shape[2], key + block.shape[3]
-        return whole
 
 
 class AttentionCache(ForwardCache[Attended]):
@@ -169,7 +130,7 @@ class AttentionCache(ForwardCache[Attended]):
         CaptureError          the module ran, and attends in a way that cannot be seen.
         """
         path, attended = self._entry(name, forward)
-        if not _seen(attended):
+        if not attended.seen:
             raise CaptureError(
                 f"'{name}' ran, and its attention was not seen: it attends by code of its own, or failed.",
                 "Watch another layer, or load the model with attn_implementation='eager'.",
@@ -202,7 +163,7 @@ class AttentionCache(ForwardCache[Attended]):
         """
         from .cache_run import write_patterns
 
-        kept = {name: [run for run in runs if _seen(run)] for name, runs in self._kept.items()}
+        kept = {name: [run for run in runs if run.seen] for name, runs in self._kept.items()}
         return write_patterns(Path(path), self._attached(), kept, self._inputs, processor)
 
     def clear(self) -> None:
@@ -214,17 +175,3 @@ class AttentionCache(ForwardCache[Attended]):
         """Take the hooks off; the model is exactly as it was. What was kept stays."""
         super().remove_hooks()
         self._masks = []
-
-
-def _seen(attended: Attended) -> bool:
-    return bool(attended.calls) or attended.weights is not None
-
-
-def _weights(call: AttentionCall) -> Tensor:
-    """(batch, head, query, key) of one call."""
-    queries, keys = torch.arange(call.query.shape[2]), call.key.shape[2]
-    rows = [
-        torch.cat([block.weights for block in row_blocks(call, sequence, queries, keys, ahead=True)], dim=1)
-        for sequence in range(call.query.shape[0])
-    ]
-    return torch.stack(rows)

@@ -21,10 +21,10 @@ from mechanistic.store import RunWriter
 from mechanistic.store.errors import SpecificationError, UsageError
 from mechanistic.store.schema import KIND, ArraySchema, GroupSchema, sample_columns, token_columns
 
-from .activation_cache import as_array
 from .anatomy import Anatomy, find_anatomy
-from .attention_cache import Attended
+from .attended import Attended
 from .batch_rows import place_rows
+from .forward_cache import as_array
 from .hooks import ForwardInputs
 from .prompts import tokenizer_of
 from .run_description import software

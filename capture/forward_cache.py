@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Generic, Self, TypeVar
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from mechanistic.store.errors import SpecificationError, UsageError
 
@@ -100,3 +103,9 @@ def weakly(method: Callable[..., None], *first: Any) -> Callable[..., None]:
             bound(*first, *rest)
 
     return call
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """A numpy array; bfloat16, which numpy lacks, as float32."""
+    array: NDArray[Any] = np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+    return array
