@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,11 +55,13 @@ class Engine:
     Raises
     ------
     UsageError    vLLM is missing, or of a version that was not tested.
-    ModelError    the engine does not start.
+    ModelError    the engine does not start, or may not start the processes that it needs.
     """
 
     def __init__(self, source: str, *, in_process: bool = False, **options: Any) -> None:
         self.version = check_version()
+        if not in_process:
+            _check_may_start_processes()
         self.folder = tempfile.TemporaryDirectory(prefix="mechanistic-vllm-")
         self._batches = 0
         fixed = {name: value for name, (value, _) in FIXED.items()}
@@ -155,6 +158,14 @@ def check_options(options: Mapping[str, Any]) -> None:
                 f"The engine option {name}={options[name]!r} cannot be captured with: {reason}.",
                 f"Leave it out; a capture runs with {name}={value!r}.",
             )
+
+
+def _check_may_start_processes() -> None:
+    if multiprocessing.current_process().daemon:
+        raise ModelError(
+            "vLLM starts processes of its own, which a daemonic process, such as a dask worker, may not.",
+            "Start the workers with --no-nanny, or give --engine-option in_process=true.",
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 from types import ModuleType
@@ -17,9 +18,9 @@ from mechanistic.capture.sites import resolve_sites
 from mechanistic.capture.specification import parse_sites
 from mechanistic.capture.token_table import no_words
 from mechanistic.capture.vllm_encoder import check_encoder
-from mechanistic.capture.vllm_engine import FIXED, check_options, check_version, is_supported
+from mechanistic.capture.vllm_engine import FIXED, Engine, check_options, check_version, is_supported
 from mechanistic.capture.vllm_plan import Plan, check_sites
-from mechanistic.store.errors import SpecificationError, UsageError
+from mechanistic.store.errors import ModelError, SpecificationError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,15 @@ def test_check_version__another_version_is_named_with_the_range(monkeypatch: pyt
         check_version()
     foreign.__version__ = "0.32.1"
     assert check_version() == "0.32.1"
+
+
+def test_engine__says_how_a_dask_worker_may_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: Any = ModuleType("vllm")
+    ours.__version__ = "0.32.0"
+    monkeypatch.setitem(sys.modules, "vllm", ours)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(ModelError, match=r"daemonic.*\n.*--no-nanny.*in_process=true"):
+        Engine("model")
 
 
 @pytest.mark.parametrize(
