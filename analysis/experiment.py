@@ -15,6 +15,7 @@ from mechanistic.store import group
 from mechanistic.store.errors import DataError, SpecificationError
 from mechanistic.store.schema import STATUS
 
+from .chosen_numbers import chosen_numbers
 from .intervals import bootstrap_interval
 from .token_places import default_places, place_masks, place_name
 
@@ -146,25 +147,12 @@ def chosen_layers(
     experiment: Experiment, layers: int | Sequence[int] | None, stack: str = "text"
 ) -> list[int]:
     """The layers with these numbers, all for None. SpecificationError if one does not exist."""
-    return _chosen(layers, len(experiment.loaded.anatomy.stack(stack).layers), "layer", stack)
+    return chosen_numbers(layers, len(experiment.loaded.anatomy.stack(stack).layers), "layer", stack)
 
 
 def chosen_heads(experiment: Experiment, heads: int | Sequence[int] | None, stack: str = "text") -> list[int]:
     """The heads with these numbers, all for None. SpecificationError if one does not exist."""
-    return _chosen(heads, experiment.loaded.anatomy.stack(stack).heads, "head", stack)
-
-
-def _chosen(wanted: int | Sequence[int] | None, count: int, what: str, stack: str) -> list[int]:
-    if wanted is None:
-        return list(range(count))
-    numbers = [int(number) for number in np.atleast_1d(np.asarray(wanted, int))]
-    if not numbers or (outside := [number for number in numbers if not 0 <= number < count]):
-        raise SpecificationError(
-            f"There is no {what} {', '.join(map(str, outside)) if numbers else 'chosen'}; "
-            f"the {'decoder' if stack == 'text' else stack + ' stack'} has {count}.",
-            f"They are numbered from 0 to {count - 1}; leave it out for all.",
-        )
-    return numbers
+    return chosen_numbers(heads, experiment.loaded.anatomy.stack(stack).heads, "head", stack)
 
 
 def layer_window(layer: int, window: int, count: int) -> range:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mechanistic.store.errors import SpecificationError
 
+from .chosen_numbers import chosen_numbers
 from .patch_places import EVERY, Place, Tokens, chosen_places, matched_rows, require_same_keys
 from .token_places import place_name
 
@@ -112,10 +113,10 @@ def patch_plan(
     return PatchPlan(
         stack,
         kept,
-        _numbers(layers, len(own.layers), "layer"),
+        tuple(chosen_numbers(layers, len(own.layers), "layer", stack)),
         tuple(chosen_places(positions, pairs)),
         positions == EVERY,
-        (None,) if together else _numbers(heads, count, "head"),
+        (None,) if together else tuple(chosen_numbers(heads, count, "head", stack)),
         None if together else dim,
     )
 
@@ -144,14 +145,3 @@ def stack_and_site(name: str) -> tuple[str, str]:
     """``vision.z`` and ``vision/z`` are of the encoder, ``z`` of the decoder."""
     stack, _, site = name.replace("/", ".").rpartition(".")
     return stack or "text", site
-
-
-def _numbers(wanted: Any, count: int, what: str) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(count))
-    numbers = [int(number) for number in np.atleast_1d(np.asarray(wanted, dtype=np.int64))]
-    if not numbers or any(not 0 <= number < count for number in numbers):
-        raise SpecificationError(
-            f"There is no {what} {wanted}; there are {count}.", f"They are numbered from 0 to {count - 1}."
-        )
-    return tuple(dict.fromkeys(numbers))
