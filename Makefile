@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The real engine, on CPUs: 3.5 GB to install, and about 6 CPU-minutes, installing included. It needs no compiler,
+# The real engine, on CPUs: 3.5 GB to install, and about 7 CPU-minutes, installing included. It needs no compiler,
 # and of the system only lscpu (util-linux).
 test-vllm: $(VENV_VLLM)/installed
 	$(BIN_VLLM)/python -m pytest tests/vllm_backend -W default
