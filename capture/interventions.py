@@ -185,12 +185,28 @@ def _hooks(
         return _of_difference(layer, site, halves.middle, change)
     if site == "resid_mid":
         return _of_middle(layer, halves, change), []
-    child = layer.get_submodule(halves.attention if site == "attn_out" else halves.mlp)
-    return [partial(child.register_forward_hook, lambda _, args, output: _with_output(output, change))], []
+    return _of_child(layer, halves.attention if site == "attn_out" else halves.mlp, change), []
 
 
 def _entering(change: Change) -> Hook:
     return lambda _, args, kwargs: with_input(args, kwargs, _rows(change, hidden_input(args, kwargs)))
+
+
+def _of_child(layer: nn.Module, child: str, change: Change) -> list[Callable[[], Any]]:
+    """What a child gives is changed in the shape of what the layer was given."""
+    shape: list[int] = []
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        shape[:] = hidden_input(args, kwargs).shape
+
+    def leave(_: nn.Module, args: Any, output: Any) -> Any:
+        given = first_tensor(output)
+        return _replaced(output, _rows(change, given.reshape(shape)).reshape(given.shape))
+
+    return [
+        partial(layer.register_forward_pre_hook, enter, with_kwargs=True),
+        partial(layer.get_submodule(child).register_forward_hook, leave),
+    ]
 
 
 def _of_middle(layer: nn.Module, halves: Halves, change: Change) -> list[Callable[[], Any]]:
@@ -204,9 +220,9 @@ def _of_middle(layer: nn.Module, halves: Halves, change: Change) -> list[Callabl
         before = entered.pop()
 
         def half(added: Tensor) -> Tensor:
-            middle = before + added
+            middle = before + added.reshape(before.shape)
             # A difference, so that rows which the change leaves alone stay as they were, bit for bit.
-            return added + (_rows(change, middle) - middle)
+            return added + (_rows(change, middle) - middle).reshape(added.shape)
 
         return _replaced(output, half(first_tensor(output)))
 

@@ -115,10 +115,7 @@ def _attach(stack: Stack, number: int, site: str, every: Halves | None, observer
         return _attach_difference(layer, site, halves.middle, seen)
     if site == "resid_mid":
         return _attach_middle(layer, halves, seen)
-    child = halves.attention if site == "attn_out" else halves.mlp
-    return layer.get_submodule(child).register_forward_hook(
-        lambda _, args, output: seen(first_tensor(output))
-    )
+    return _attach_child(layer, halves.attention if site == "attn_out" else halves.mlp, seen)
 
 
 def require_halves(stack: str, site: str, halves: Halves | None) -> None:
@@ -146,6 +143,22 @@ class _Handles:
             handle.remove()
 
 
+def _attach_child(layer: nn.Module, child: str, seen: Callable[[Tensor], None]) -> _Handles:
+    """What a child gives, in the shape of what the layer was given."""
+    shape: list[int] = []
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        shape[:] = hidden_input(args, kwargs).shape
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        seen(first_tensor(output).reshape(shape))
+
+    return _Handles(
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.get_submodule(child).register_forward_hook(leave),
+    )
+
+
 def _attach_middle(layer: nn.Module, halves: Halves, seen: Callable[[Tensor], None]) -> _Handles:
     entered: list[Tensor] = []
 
@@ -153,7 +166,8 @@ def _attach_middle(layer: nn.Module, halves: Halves, seen: Callable[[Tensor], No
         entered[:] = [hidden_input(args, kwargs)]
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:
-        seen(entered.pop() + first_tensor(output))
+        before = entered.pop()
+        seen(before + first_tensor(output).reshape(before.shape))
 
     return _Handles(
         layer.register_forward_pre_hook(enter, with_kwargs=True),
@@ -239,6 +253,7 @@ class LayerProbe:
         for name in self._repeated:
             self._outputs.pop(name)
             self._inputs.pop(name, None)
+        self._outputs = _shaped(self._outputs, self.pre)
         self.found = self._halves(self.pre, self.post)
         # Kept for every layer, these would be the largest tensors of the forward.
         self._repeated.clear()
@@ -247,33 +262,29 @@ class LayerProbe:
 
     def _halves(self, pre: Tensor, post: Tensor) -> tuple[Halves, float] | None:
         """The first two children whose outputs add up to what the layer adds, and the error of that."""
-        names = [name for name, value in self._outputs.items() if value.shape == pre.shape]
-        for first, second in combinations(names, 2):
+        for first, second in combinations(self._outputs, 2):
             middle = pre + self._outputs[first]
             error = relative_error(middle + self._outputs[second], post)
             if error <= self.tolerance:
-                has_middle = any(
-                    seen.shape == middle.shape and relative_error(seen, middle) <= self.tolerance
-                    for seen in self._inputs.values()
-                )
+                read = _shaped(self._inputs, middle).values()
+                has_middle = any(relative_error(seen, middle) <= self.tolerance for seen in read)
                 return Halves(first, second, has_middle), error
         return self._scaled_halves(pre, post)
 
     def _scaled_halves(self, pre: Tensor, post: Tensor) -> tuple[Halves, float] | None:
         """Two children whose outputs, scaled by channel, lead to some child's input and on to `post`."""
-        outputs = {name: value for name, value in self._outputs.items() if value.shape == pre.shape}
         for reader, middle in self._inputs.items():
             if middle.shape != pre.shape or torch.equal(middle, pre):
                 continue
-            first = self._scaled(outputs, middle - pre)
-            second = self._scaled(outputs, post - middle)
+            first = self._scaled(middle - pre)
+            second = self._scaled(post - middle)
             if first is not None and second is not None and first[0] != second[0]:
                 return Halves(first[0], second[0], True, reader), max(first[1], second[1])
         return None
 
-    def _scaled(self, outputs: dict[str, Tensor], step: Tensor) -> tuple[str, float] | None:
+    def _scaled(self, step: Tensor) -> tuple[str, float] | None:
         """The first child whose output is `step` but for a factor for each channel, and the error of that."""
-        for name, value in outputs.items():
+        for name, value in self._outputs.items():
             flat, wanted = value.float().flatten(0, -2), step.float().flatten(0, -2)
             # Mllama adds nothing at words before the first image, whatever the module gives there.
             added = wanted.abs().amax(1) > 0
@@ -284,6 +295,12 @@ class LayerProbe:
             if error <= self.tolerance:
                 return name, error
         return None
+
+
+def _shaped(seen: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Of these tensors, those with the shape of `like`; OPT's MLPs get the tokens of a batch end to end."""
+    shapes = (like.shape, like.flatten(0, -2).shape)
+    return {name: value.reshape(like.shape) for name, value in seen.items() if value.shape in shapes}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

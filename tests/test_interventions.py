@@ -32,8 +32,10 @@ from mechanistic.capture.tap import NAME, AttentionCall, attention_configs, tapp
 from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store.errors import CaptureError, ModelError, SpecificationError
 
-FAMILIES = ("llava", "qwen2_5_vl", "internvl", "gemma3", "gpt2")
-CASES = [(name, stack, site) for name in FAMILIES for stack in ZOO[name].layers for site in EDITED_SITES]
+FAMILIES = ("llava", "qwen2_5_vl", "internvl", "gemma3", "gpt2", "blip2")
+# Of BLIP-2's query former, whose norms are behind the sums, not every site is defined.
+STACKS = {name: [stack for stack in ZOO[name].layers if ZOO[name].halves_of(stack)] for name in FAMILIES}
+CASES = [(name, stack, site) for name in FAMILIES for stack in STACKS[name] for site in EDITED_SITES]
 # Of Qwen's encoder, which attends in pieces, weights cannot be edited.
 IN_PIECES = {("qwen2_5_vl", "vision", "scores"), ("qwen2_5_vl", "vision", "pattern")}
 
@@ -107,7 +109,7 @@ def test_intervening__every_edit_moves_the_logits(name: str, stack: str, site: s
 @pytest.mark.parametrize("name", FAMILIES)
 def test_intervening__what_a_half_adds_is_added_to_the_stream(name: str) -> None:
     it = case(name)
-    for stack in ZOO[name].layers:
+    for stack in STACKS[name]:
         torch.manual_seed(1)
         step = torch.randn(it.loaded.anatomy.stack(stack).width)
         results = {site: edited(it, Edit(stack, 0, site, Add(step))) for site in EDITED_SITES[-4:]}
@@ -120,7 +122,7 @@ def test_intervening__what_a_half_adds_is_added_to_the_stream(name: str) -> None
 def test_intervening__edits_of_a_layer_meet_in_the_order_of_the_forward(name: str) -> None:
     """Given in any order: the middle of the stream sees what attention's edit added, the end both."""
     it = case(name)
-    for stack in ZOO[name].layers:
+    for stack in STACKS[name]:
         seen: dict[str, Tensor] = {}
 
         def keep(site: str, stack: str = stack, seen: dict[str, Tensor] = seen) -> Edit:

@@ -359,7 +359,18 @@ def test_patch__sees_an_image_once(tmp_path: Path) -> None:
         assert got == pytest.approx(difference(loaded, logits, *pair), abs=1e-5 * scale)
 
 
-FAMILIES = ("llama", "gpt2", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "internvl")
+FAMILIES = (
+    "llama",
+    "gpt2",
+    "llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "gemma3",
+    "paligemma",
+    "internvl",
+    "blip2",
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

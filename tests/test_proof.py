@@ -18,6 +18,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from mechanistic.capture.anatomy import find_anatomy
@@ -61,13 +63,21 @@ TEXT_MODELS: dict[str, Any] = {
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=6)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    "opt": lambda: opt(do_layer_norm_before=True),
 }
 EXPECTED = {
     "gpt2": (["causal"], "output of attn", "layer", 0.0),
     "gemma2": (["causal", "sliding_window"], "output of post_attention_layernorm", "rms", 1.0),
     "mistral": (["sliding_window"], "output of self_attn", "rms", 0.0),
     "gpt-neox": (["causal"], "output of attention", "layer", 0.0),
+    "opt": (["causal"], "output of self_attn", "layer", 0.0),
 }
+
+
+def opt(*, do_layer_norm_before: bool) -> OPTForCausalLM:
+    """OPT, whose norms are ahead of the halves of a layer, or as in its 350M behind them."""
+    shape = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 99}
+    return OPTForCausalLM(OPTConfig(**SMALL, **shape, do_layer_norm_before=do_layer_norm_before))
 
 
 def text_model(name: str) -> LoadedModel:
@@ -157,6 +167,16 @@ def test_prove__a_layer_that_scales_what_it_adds_has_no_halves() -> None:
         layer.register_forward_hook(lambda _, args, output: output * 1.5)
     with pytest.raises(ModelError, match=r"'text\.\*\.attn_out' is not defined.*\n.*resid_pre"):
         require_halves("text", "attn_out", prove_it(loaded).halves["text"])
+
+
+def test_prove__norms_behind_the_sums_leave_no_halves() -> None:
+    model = opt(do_layer_norm_before=False).eval()
+    randomise(model, 0)
+    loaded = LoadedModel(model, build_processor().tokenizer, "opt")
+    halves = prove_it(loaded, images=False).halves["text"]
+    for site in ("attn_out", "resid_mid", "mlp_out"):
+        with pytest.raises(ModelError, match=r"no two modules of a layer add up to it"):
+            require_halves("text", site, halves)
 
 
 class OwnAttention(nn.Module):

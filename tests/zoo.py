@@ -88,7 +88,7 @@ def _queried(name: str, masks: Mapping[str, Sequence[str]]) -> Family:
             "qformer": "qformer.encoder.layer",
         },
         {**masks, "vision": ["per_image"]},
-        halves={"text": None, "qformer": None},
+        halves={"text": ("self_attn", "fc2", ""), "qformer": None},
         cross={"qformer": (0, 2)},
         most=1,
         placeless=True,
