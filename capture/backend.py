@@ -15,6 +15,7 @@ from .dataset import Sample
 from .forward import capture_forward
 from .proof import Proof, prove
 from .readout import build_readout
+from .room import Room
 from .sites import ResolvedSite, attended
 from .token_table import TokenTexts
 
@@ -82,6 +83,7 @@ class Transformers:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
+        self._room = Room()
 
     def prepare(
         self,
@@ -114,7 +116,7 @@ class Transformers:
     ) -> Captured:
         """See `Backend`."""
         batch = self.prepare(samples, max_new_tokens=max_new_tokens, texts=texts)
-        arrays, logits = capture_forward(self.loaded, batch, sites, proof.halves, proof.rules)
+        arrays, logits = capture_forward(self.loaded, batch, sites, proof.halves, proof.rules, self._room)
         return Captured(batch, arrays, logits)
 
     def readout(self, words: Mapping[int, str]) -> tuple[xr.Dataset, dict[str, Any]] | None:

@@ -22,6 +22,7 @@ from .host_copies import HostCopies
 from .mask_rules import MaskRule, SequenceLayout, check_cross_rule, check_rule
 from .models import LoadedModel
 from .residual import Halves, residual_hooks
+from .room import Room
 from .row_sites import RowSites
 from .sites import ResolvedSite, attended
 from .specification import RESIDUAL_SITES, ROW_SITES
@@ -41,7 +42,7 @@ LONG_STRETCH = 16
 class Collector:
     """Takes tensors as they come out of a forward and keeps the wanted rows of the wanted layers."""
 
-    def __init__(self, sites: Sequence[ResolvedSite], batch: Batch, device: torch.device) -> None:
+    def __init__(self, sites: Sequence[ResolvedSite], batch: Batch, device: torch.device, room: Room) -> None:
         self.sites = {(site.stack.name, site.spec.site): [] for site in sites}  # type: dict[tuple[str, str], list[ResolvedSite]]
         self.where: dict[str, Where] = {}
         self.arrays: dict[str, Array] = {}
@@ -56,7 +57,7 @@ class Collector:
             self.where[site.group] = tuple(index.to(device) for index in where)
             self._stretches[site.group] = stretches(where) if device.type == "cpu" else None
             shape = (len(site.layers), len(where[0]), *site.row_shape)
-            self.arrays[site.group] = np.empty(shape, site.dtype)
+            self.arrays[site.group] = room.empty(shape, site.dtype)
             # Samples without images have no encoder forward.
             self._missing |= {(site.group, layer) for layer in site.layers if len(where[0])}
 
@@ -169,8 +170,9 @@ def capture_forward(
     sites: Sequence[ResolvedSite],
     halves: Mapping[str, Halves | None],
     rules: Mapping[str, Mapping[int, MaskRule]],
+    room: Room,
 ) -> tuple[dict[str, dict[str, Array]], NDArray[np.float32] | None]:
-    """One forward over prompt and answer.
+    """One forward over prompt and answer, what is kept of it in `room`.
 
     Returns the arrays of every site by group and name, (layer, row, ...), and the logits at each sample's
     last prompt token, (sample, vocabulary), where the model has any.
@@ -180,7 +182,7 @@ def capture_forward(
     CaptureError    a layer was not seen, a mask is not what was proven, or a cast would overflow.
     """
     whole = [site for site in sites if site.spec.site not in ROW_SITES]
-    collector, row_sites = Collector(whole, batch, loaded.model.device), RowSites(sites, batch)
+    collector, row_sites = Collector(whole, batch, loaded.model.device, room), RowSites(sites, batch)
     names = attended(sites)
     with ExitStack() as active:
         if names:

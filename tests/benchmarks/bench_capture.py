@@ -1,6 +1,6 @@
 """What capturing residual stream, queries and keys costs, against a bare forward and two peers.
 
-python tests/benchmarks/bench_capture.py [--samples 8] [--layers 12] [--width 768] [--repeats 3]
+python tests/benchmarks/bench_capture.py [--samples 16] [--layers 12] [--width 768] [--repeats 3]
 
 A decoder of random weights in float32 on one thread. Each contender is a process of its own, so that its peak
 memory is its own; they take turns, and the figures are medians over the turns. CPU seconds are those of all
@@ -35,6 +35,7 @@ from mechanistic.capture.forward import capture_forward
 from mechanistic.capture.interruption import Interruption
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.progress import Progress
+from mechanistic.capture.room import Room
 from mechanistic.capture.run_description import CaptureSettings
 from mechanistic.capture.specification import parse_sites
 from mechanistic.capture.token_table import TokenTexts
@@ -129,8 +130,9 @@ class Contender:
 
     def hooks(self, folder: Path) -> None:
         """Everything but the store."""
+        proof, room = self.job.proof, Room()
         for batch in self.inputs():
-            capture_forward(self.loaded, batch, self.job.sites, self.job.proof.halves, self.job.proof.rules)
+            capture_forward(self.loaded, batch, self.job.sites, proof.halves, proof.rules, room)
 
     def store(self, folder: Path) -> None:
         """A whole job."""
@@ -259,7 +261,7 @@ def report(turns: dict[str, list[dict[str, float]]]) -> None:
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
