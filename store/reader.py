@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import xarray as xr
 import zarr
+from xarray.core.indexing import LazilyIndexedArray
 
 from .errors import FormatError, IncompleteRunError, MissingSiteError, UsageError
 from .growing import dimensions
@@ -15,6 +18,7 @@ from .location import is_url, read_file
 from .manifest import MANIFEST, Manifest
 from .parts import DERIVED, combined_manifest, open_parts, part_count, read_parts
 from .schema import FORMAT, FORMAT_VERSION
+from .stored_array import StoredArray
 
 STACKS = ("text", "vision", "vision_global", "qformer")
 _HINT = "Check the path; `mechanistic capture` makes one."
@@ -59,10 +63,11 @@ def _open_plain(where: str, allow_partial: bool) -> xr.DataTree:
             f"{where} lacks {', '.join(missing)}, which its manifest names.",
             "The copy is incomplete: copy the folder again; `mechanistic verify` lists what is missing.",
         )
-    lazy = {
-        node.path: _label(node.to_dataset(inherit=False), node.path.strip("/"), manifest)
-        for node in tree.subtree
-    }
+    stored = _stored_arrays(where, manifest)
+    lazy = {}
+    for node in tree.subtree:
+        name = node.path.strip("/")
+        lazy[node.path] = _label(_read_directly(node.to_dataset(inherit=False), name, stored), name, manifest)
     run = xr.DataTree.from_dict(lazy)
     run.encoding["source"] = where
     return run
@@ -185,6 +190,30 @@ def _live_group(root: zarr.Group, name: str, axis: str | None, manifest: Manifes
     return xr.Dataset(variables, attrs=dict(node.attrs)).set_coords(
         [c for c in coordinates if c in variables]
     )
+
+
+def _stored_arrays(where: str, manifest: Manifest) -> dict[str, StoredArray]:
+    """The arrays of a complete run in a local folder that need no zarr-python to be read, by path."""
+    if is_url(where) or not manifest.complete:
+        return {}
+    nodes: dict[str, Any] = json.loads(read_file(where, "zarr.json"))["consolidated_metadata"]["metadata"]
+    arrays = {path: node for path, node in nodes.items() if node["node_type"] == "array"}
+    found = {path: StoredArray.of(Path(where) / path, node) for path, node in arrays.items()}
+    return {path: array for path, array in found.items() if array is not None}
+
+
+def _read_directly(dataset: xr.Dataset, group: str, stored: Mapping[str, StoredArray]) -> xr.Dataset:
+    """The same variables, of which those in `stored` are read from there."""
+    direct = {}
+    for name, variable in dataset.variables.items():
+        array = stored.get(f"{group}/{name}")
+        # An index is in memory already; what xarray decodes besides (scales, times) is its own to read.
+        if array is None or name in dataset.indexes or array.attributes != variable.attrs:
+            continue
+        if (array.shape, array.dtype) == (variable.shape, variable.dtype):
+            lazy = LazilyIndexedArray(array)
+            direct[name] = xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
+    return dataset.assign(direct)
 
 
 def _label(dataset: xr.Dataset, group: str, manifest: Manifest) -> xr.Dataset:
