@@ -79,9 +79,9 @@ def _probe(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) -
 
 def _heads(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) -> None:
     for criterion in result["criterion"].values:
-        values = result["importance"].sel(criterion=criterion)
-        name = str(criterion).replace(" ", "_")
-        plot_head_map(values, title=str(criterion), save_path=path.with_name(f"{path.name}_{name}.png"))
+        chosen = result.sel(criterion=criterion)
+        file = path.with_name(f"{path.name}_{str(criterion).replace(' ', '_')}.png")
+        plot_head_map(chosen["importance"], title=str(criterion), n=int(chosen["n_sample"]), save_path=file)
 
 
 ANALYSES: Mapping[str, Analysis] = {

@@ -44,10 +44,12 @@ def attention_maps(run: str | Path, output: str | Path, *, shown: int = 4) -> li
     folder = Path(output)
     written = analyze_run(run, CURVES, folder, Options(tokens="last", by=("correct",)))
     opened = open_run(run)
-    share = attention_mass(opened, tokens="last")["mass_image"].mean("token", keep_attrs=True).compute()
+    of_sample = attention_mass(opened, tokens="last")["mass_image"].compute()
+    share = of_sample.mean("token", keep_attrs=True)
     layer = int(share["layer"][int(np.argmax(share.mean("head").values))])
     path = folder / "image_share_by_head.png"
-    plot_head_map(share, title="Share of the last token's attention on the image", save_path=path)
+    known = int(of_sample.notnull().any(("layer", "head")).sum())
+    plot_head_map(share, title="Share of the last token's attention on the image", n=known, save_path=path)
     written.append(path)
     for sample in chosen_samples(opened, shown):
         written += _one(opened, sample, layer, folder)

@@ -28,6 +28,7 @@ def plot_head_map(
     *,
     label: str = "",
     title: str = "",
+    n: int | None = None,
     centre: float | None = None,
     vmin: float | None = None,
     vmax: float | None = None,
@@ -43,6 +44,8 @@ def plot_head_map(
         dimensions first. NaN is drawn grey.
     label
         What the colour shows; the long name and units by default.
+    n
+        How many samples each value stands for, told in the title.
     centre
         The value of no effect, such as 0 for logits or 0.5 for AUROC: colours then run from blue below it to
         red above it, equally far to both sides. None uses one hue, from the smallest value to the largest.
@@ -68,7 +71,8 @@ def plot_head_map(
         step = -(-len(numbers) // MAX_TICKS)
         axis.set_ticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
         axis.set_label_text(name)
-    ax.set_title(literal(title), fontsize=10)
+    count = f"n = {n:,}" if n else ""
+    ax.set_title(", ".join(part for part in (literal(title), count) if part), fontsize=10)
     save(figure, save_path)
     return figure, ax
 

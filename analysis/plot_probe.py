@@ -121,7 +121,8 @@ def _heads(
     return plot_head_map(
         probe[shown],
         label=_SHORT.get(shown, shown),
-        title=f"{title or name}, n = {int(probe['n_sample']):,}".lstrip(", "),
+        title=title or name,
+        n=int(probe["n_sample"]),
         centre=centre,
         ax=ax,
         save_path=path,

@@ -20,7 +20,7 @@ def values(layers: int = 3, heads: int = 4) -> xr.DataArray:
 
 
 def test_plot_head_map__shows_true_numbers_and_values() -> None:
-    figure, ax = plot_head_map(values(), title="a_b $x$")
+    figure, ax = plot_head_map(values(), title="a_b $x$", n=1200)
     drawn = ax.images[0].get_array()
     np.testing.assert_array_equal(drawn, values().transpose("layer", "head"))
     assert [label.get_text() for label in ax.get_yticklabels()] == ["7", "8", "9"]
@@ -29,6 +29,7 @@ def test_plot_head_map__shows_true_numbers_and_values() -> None:
     assert figure.axes[1].get_ylabel() == "worth (logit)"
     # The lowest layer is at the bottom.
     assert ax.get_ylim()[0] < ax.get_ylim()[1]
+    assert ax.get_title() == r"a_b \$x\$, n = 1,200"
     figure.draw_without_rendering()
 
 
