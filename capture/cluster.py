@@ -14,9 +14,13 @@ from mechanistic.store.errors import CaptureError, UsageError
 from .backend import backend_of
 from .dataset import Dataset
 from .failures import failed_samples
-from .job import CaptureSummary, capture_run
+from .job import CaptureSummary, capture_run, known
 from .models import LoadedModel, load_model
+from .outputs import find_output
+from .parts import PartOf
 from .progress import Progress
+from .run_description import CaptureSettings
+from .specification import parse_sites
 
 # How often a part is begun again after its worker died; it goes on where that one had committed.
 RETRIES = 3
@@ -73,18 +77,20 @@ def capture_on_cluster(
 
     Raises
     ------
-    UsageError      the scheduler does not answer.
-    CaptureError    workers kept dying; the run continues with the same command.
+    UsageError           the scheduler does not answer.
+    OutputExistsError    as `capture_run`, for any of the parts, before a worker loads the model.
+    CaptureError         workers kept dying; the run continues with the same command.
     """
     from distributed import KilledWorker
 
     begun = time.monotonic()
     folder = Path(path).absolute()
+    left = _left(model, dataset, folder, parts, settings)
     progress = Progress(len(dataset), quiet=quiet, log_json=log_json)
     captured = 0
     with _client(address) as client:
         try:
-            for done in _parts_done(client, (model, dataset, str(folder)), parts, settings):
+            for done in _parts_done(client, (model, dataset, str(folder)), left, settings):
                 captured += done.captured
                 progress.failed += done.failed
                 progress.advance(done.captured, 0, lambda: read_manifest(folder).stored_bytes)
@@ -100,6 +106,19 @@ def capture_on_cluster(
     return CaptureSummary(Path(path), manifest.samples, captured, seconds, manifest.stored_bytes, failed)
 
 
+def _left(model: str, dataset: Dataset, folder: Path, parts: int, settings: dict[str, Any]) -> list[PartOf]:
+    """The parts that have something left to do; of a merged run, which is all of them, one."""
+    names = ("batch_size", "max_new_tokens", "images", "seed")
+    given = {name: settings[name] for name in names if name in settings}
+    capture = CaptureSettings(parse_sites(settings.get("sites")), **given).to_dict()
+    left: dict[Path, PartOf] = {}
+    for part in (PartOf(index, parts) for index in range(parts)):
+        held, finished = find_output(folder, known(model, settings), dataset, capture, part)
+        if not finished or (settings.get("retry_failed") and failed_samples(held)):
+            left.setdefault(held, part)
+    return list(left.values())
+
+
 def _client(address: str) -> Any:
     from distributed import Client
 
@@ -112,14 +131,14 @@ def _client(address: str) -> Any:
 
 
 def _parts_done(
-    client: Any, job: tuple[str, Dataset, str], parts: int, settings: dict[str, Any]
+    client: Any, job: tuple[str, Dataset, str], parts: list[PartOf], settings: dict[str, Any]
 ) -> Iterator[CaptureSummary]:
     """What became of each part, in the order in which they end; when one cannot be done, the others stop."""
     from distributed import as_completed
 
     futures = [
-        client.submit(capture_part, *job, (index, parts), settings, pure=False, retries=RETRIES)
-        for index in range(parts)
+        client.submit(capture_part, *job, (part.index, part.count), settings, pure=False, retries=RETRIES)
+        for part in parts
     ]
     try:
         for future in as_completed(futures, loop=client.loop):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .failures import failed_samples
 from .interruption import Interruption
 from .model_names import backend_named
 from .models import LoadedModel, load_model
-from .outputs import holds_something, is_finished
+from .outputs import find_output, holds_something
 from .parts import PartOf
 from .price import Price, check_price
 from .progress import Progress, human_bytes, human_seconds
@@ -105,7 +105,7 @@ def capture_run(
     begun = time.monotonic()
     settings = CaptureSettings(parse_sites(sites), batch_size, max_new_tokens, images, seed)
     own = PartOf(*part) if part else None
-    held, finished = _find(Path(path), known(model, loading.get("backend")), dataset, settings, own)
+    held, finished = find_output(Path(path), known(model, loading), dataset, settings.to_dict(), own)
     if finished and not (retry_failed and failed_samples(held)):
         return _summary(held, 0, begun)
     with _running(model, loading) as loaded:
@@ -155,23 +155,12 @@ def _progress(writer: RunWriter, total: int, done: int, quiet: bool, log_json: b
         progress.close(writer.bytes_written)
 
 
-def _find(
-    path: Path, model: dict[str, str], dataset: Dataset, settings: CaptureSettings, part: PartOf | None
-) -> tuple[Path, bool]:
-    """Where the job writes, and whether it has nothing left to do there."""
-    capture = settings.to_dict()
-    # Once merged, a run in parts is a plain one, which holds every part.
-    if part is None or (path / "manifest.json").is_file():
-        return path, is_finished(path, model, dataset, capture)
-    own = part.path(path)
-    return own, is_finished(own, model, dataset, {**capture, "part": part.attributes(len(dataset))})
-
-
-def known(model: str | LoadedModel, backend: str | None) -> dict[str, str]:
+def known(model: str | LoadedModel, loading: Mapping[str, Any]) -> dict[str, str]:
     """What the run's attribute `model` will say, as far as is known before the model is loaded."""
     if isinstance(model, LoadedModel):
-        return {"name": model.name, "backend": model.backend}
-    return {"name": model, "backend": backend_named(model, backend)}
+        return {"name": model.name, "backend": model.backend, "dtype": model.dtype}
+    told = {"name": model, "backend": backend_named(model, loading.get("backend"))}
+    return {**told, "dtype": loading["dtype"]} if loading.get("dtype") else told
 
 
 def _summary(path: Path, captured: int, begun: float) -> CaptureSummary:

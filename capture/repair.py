@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import zarr
 from mechanistic.store import RunWriter, read_manifest
 from mechanistic.store.differences import differences
 from mechanistic.store.errors import CorruptError, OutputExistsError, StoreError
-from mechanistic.store.lock import release_lock, take_lock
+from mechanistic.store.lock import release_lock, require_no_writer, take_lock
 from mechanistic.store.manifest import Manifest
 from mechanistic.store.part_reader import PartReader
 from mechanistic.store.parts import part_count, part_path, part_span
@@ -63,27 +64,39 @@ def settings_of(capture: dict[str, Any]) -> CaptureSettings:
     return CaptureSettings(parse_sites(capture["sites"]), **{name: capture[name] for name in names})
 
 
-def repair_run(path: str | Path, loaded: LoadedModel, dataset: Dataset) -> RepairSummary:
+def repair_run(
+    path: str | Path, loaded: LoadedModel | Callable[[], LoadedModel], dataset: Dataset
+) -> RepairSummary:
     """Write every damaged or missing chunk file of a run again, with the model and dataset that it came from.
+
+    Parameters
+    ----------
+    loaded
+        The model, or what loads it, which is called once, and only if something is damaged.
 
     Raises
     ------
-    OutputExistsError    model, dataset or settings are not those of the run; it says what differs.
+    OutputExistsError    model, dataset or settings are not those of the run; it says what differs. Or another
+                         process is writing it.
     StoreError           the run is unfinished: capturing goes on by itself.
     CorruptError         the rows of a damaged array cannot be computed again.
     """
     run = Path(path)
     count = part_count(run)
+    load = (lambda: loaded) if isinstance(loaded, LoadedModel) else cache(loaded)
     if count is None:
-        return _repair(run, loaded, dataset, None)
+        return _repair(run, load, dataset, None)
     done = [
-        _repair(Path(part_path(run, index)), loaded, dataset, PartOf(index, count)) for index in range(count)
+        _repair(Path(part_path(run, index)), load, dataset, PartOf(index, count)) for index in range(count)
     ]
     places = tuple(f"parts/{index:04d}/{place}" for index, each in enumerate(done) for place in each.places)
     return RepairSummary(run, places, sum(each.samples for each in done), all(each.same for each in done))
 
 
-def _repair(run: Path, loaded: LoadedModel, dataset: Dataset, part: PartOf | None) -> RepairSummary:
+def _repair(
+    run: Path, load: Callable[[], LoadedModel], dataset: Dataset, part: PartOf | None
+) -> RepairSummary:
+    require_no_writer(run)
     manifest = read_manifest(run)
     if not manifest.complete:
         raise StoreError(
@@ -94,7 +107,7 @@ def _repair(run: Path, loaded: LoadedModel, dataset: Dataset, part: PartOf | Non
     if not places and not static:
         return RepairSummary(run, (), 0, True)
     attributes = dict(zarr.open_group(str(run), mode="r", use_consolidated=False).attrs)
-    repair = Repair(run, manifest, attributes, loaded, dataset, part)
+    repair = Repair(run, manifest, attributes, load(), dataset, part)
     lock = take_lock(run)
     try:
         done = repair.run(places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+from functools import partial
 from typing import Any
 
 from mechanistic.store.errors import UsageError
@@ -56,12 +57,13 @@ def _repair(args: argparse.Namespace) -> int:
     if model["backend"] != "transformers":
         options = {key: ast.literal_eval(value) for key, value in model["options"].items()}
         held = {"device": args.device, "engine": options}
-    loaded = load_model(
+    load = partial(
+        load_model,
         args.model_name or model["name"],
         backend=model["backend"],
         dtype=model["dtype"],
         revision=model["revision"] or None,
         **held,
     )
-    print(repair_run(args.run, loaded, dataset).message())
+    print(repair_run(args.run, load, dataset).message())
     return 0

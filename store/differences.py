@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from .errors import OutputExistsError
 
 # These say nothing about content.
 VOLATILE = (
@@ -30,6 +33,14 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
         elif _plain(old) != _plain(new):
             found.append(f"{prefix}{key} is {_plain(old)!r}, not {_plain(new)!r}")
     return found
+
+
+def other_settings(path: Path, different: Sequence[str]) -> OutputExistsError:
+    """What a job is told that wants to continue the run of another one."""
+    return OutputExistsError(
+        f"{path} was captured with other settings: {'; '.join(different)}.",
+        "Use the same settings to continue it, or another --output-dir to start afresh.",
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import zarr
 
 from .errors import OutputExistsError
 from .growing import WRITERS, create_array
+from .lock import locked, take_lock
 from .manifest import Manifest, sync
 from .schema import FORMAT, FORMAT_VERSION, GroupSchema
 
 
-def new_draft(path: Path) -> Path:
-    """A folder beside `path`: the run appears under its own name only when its metadata is whole."""
+def new_draft(path: Path) -> tuple[Path, IO[str]]:
+    """A folder beside `path`, and its lock: the run appears under its own name when its metadata is whole."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputExistsError(
             f"{path} already exists.", "Choose another output folder, or remove this one."
         )
+    remove_dead_drafts(path)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     draft.mkdir(parents=True)
-    return draft
+    try:
+        return draft, take_lock(draft)
+    except (OutputExistsError, FileNotFoundError):
+        # A writer that began in the same instant took the draft for a dead one's.
+        raise locked(path) from None
+
+
+def drafts(path: Path) -> list[Path]:
+    """What is beside `path` of writers that were creating it, or still are."""
+    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
+    return [found for found in path.parent.glob("*.partial") if own.fullmatch(found.name)]
+
+
+def remove_dead_drafts(path: Path) -> None:
+    """Remove what writers left beside `path` that were killed while they created it."""
+    for draft in drafts(path):
+        with suppress(OutputExistsError, OSError), take_lock(draft):
+            shutil.rmtree(draft)
 
 
 def create_root(

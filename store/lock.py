@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -16,15 +17,17 @@ LOCK = ".writer.lock"
 def take_lock(path: Path) -> IO[str]:
     """The lock of a run; OutputExistsError while another process holds it."""
     while True:
-        file = (path / LOCK).open("w")
+        # Not emptied before it is ours: it says whose it is.
+        file = (path / LOCK).open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
-            raise locked(path) from None
+            with file:
+                raise locked(path, _signature(file)) from None
         # The file may have been removed, by the writer that held it, between opening and locking it.
         with suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == (path / LOCK).stat().st_ino:
+                _sign(file)
                 return file
         file.close()
 
@@ -37,8 +40,33 @@ def release_lock(path: Path, file: IO[str]) -> None:
         file.close()
 
 
-def locked(path: Path) -> OutputExistsError:
+def require_no_writer(run: Path, folder: Path | None = None) -> None:
+    """OutputExistsError while a process holds the lock of a run, whose draft in `folder` it may be.
+
+    Only a look, before work that would be in vain: `take_lock` decides.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError), ((folder or run) / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise locked(run, _signature(file)) from None
+
+
+def locked(path: Path, who: str = "") -> OutputExistsError:
     """What the second writer is told."""
     return OutputExistsError(
-        f"another process is writing {path}.", "Wait for it, or give this job another --output-dir."
+        f"another process is writing {path}{who and f' ({who})'}.",
+        "Wait for it, or give this job another --output-dir.",
     )
+
+
+def _sign(file: IO[str]) -> None:
+    """Say whose the lock is; on a full disk it remains unsaid."""
+    file.truncate(0)
+    with suppress(OSError):
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _signature(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read(200)

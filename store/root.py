@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .differences import differences
+from .differences import differences, other_settings
 from .errors import OutputExistsError
 from .manifest import MANIFEST, sync
 from .parts import PARTS, root_attributes
@@ -26,23 +26,37 @@ def open_root(run: str | Path, attributes: Mapping[str, Any], *, parts: int) -> 
     OutputExistsError    the folder holds something else, or the run of a job with other settings.
     """
     folder = Path(run)
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = {**attributes, PARTS: parts}
-    if not (folder / "zarr.json").exists():
-        held = [entry.name for entry in folder.iterdir() if not entry.name.startswith("zarr.json")]
-        if held and held != [PARTS]:
-            raise OutputExistsError(
-                f"{folder} exists and is not a run.",
-                "Choose another output folder; nothing there was touched.",
-            )
+    if not is_begun(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         _create(folder, wanted)
+    # Left by a job that was killed here; one that is still at it needs it no more, since the root is there.
+    for draft in folder.glob("zarr.json.*.partial"):
+        draft.unlink(missing_ok=True)
     different = differences(root_attributes(folder), wanted)
     if different or (folder / MANIFEST).exists():
-        why = "; ".join(different) or "it is not in parts"
-        raise OutputExistsError(
-            f"{folder} was captured with other settings: {why}.",
-            "Use the same settings to continue it, or another --output-dir to start afresh.",
-        )
+        raise other_settings(folder, different or ["it is not in parts"])
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether the root of a run in parts is there; OutputExistsError where what is there is no run."""
+    if (folder / "zarr.json").exists():
+        if root_attributes(folder).get("format") != FORMAT:
+            raise no_run(folder)
+        return True
+    if folder.exists():
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else [folder.name]
+        held = [name for name in names if not name.startswith("zarr.json")]
+        if held and held != [PARTS]:
+            raise no_run(folder)
+    return False
+
+
+def no_run(path: Path) -> OutputExistsError:
+    """What a job is told that would write over something of another kind."""
+    return OutputExistsError(
+        f"{path} exists and is not a run.", "Choose another output folder; nothing there was touched."
+    )
 
 
 def _create(folder: Path, attributes: Mapping[str, Any]) -> None:
@@ -58,7 +72,7 @@ def _create(folder: Path, attributes: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     # A link, unlike a rename, never replaces the root that another job made meanwhile.
-    with suppress(FileExistsError):
+    with suppress(FileExistsError, FileNotFoundError):
         os.link(draft, folder / "zarr.json")
-    draft.unlink()
+    draft.unlink(missing_ok=True)
     sync(folder)

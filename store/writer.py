@@ -16,10 +16,10 @@ import zarr
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from .differences import differences
+from .differences import differences, other_settings
 from .disk import full_disk, needed
-from .draft import create_root, names_of, new_draft, sync_all
-from .errors import OutputExistsError, StoreError
+from .draft import create_root, names_of, new_draft, remove_dead_drafts, sync_all
+from .errors import StoreError
 from .growing import GrowingArray, Threads, dimensions
 from .lock import locked, release_lock, take_lock
 from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
@@ -53,8 +53,7 @@ class RunWriter:
     ) -> RunWriter:
         """Start a run of `samples` samples. OutputExistsError when `path` holds anything."""
         path = Path(path)
-        draft = new_draft(path)
-        lock = take_lock(draft)
+        draft, lock = new_draft(path)
         run_id = str(attributes.get("run_id", secrets.token_hex(8)))
         manifest = Manifest(run_id=run_id, expected=samples)
         try:
@@ -79,16 +78,14 @@ class RunWriter:
         A finished run is opened for more samples: from then on, until `finish`, it is an unfinished one.
         """
         path = Path(path)
+        remove_dead_drafts(path)
         lock = take_lock(path)
         try:
             manifest = Manifest.parse((path / MANIFEST).read_bytes(), str(path))
             stored = dict(zarr.open_group(str(path), mode="r", use_consolidated=False).attrs)
             different = differences(stored, attributes)
             if different:
-                raise OutputExistsError(
-                    f"{path} was captured with other settings: {'; '.join(different)}.",
-                    "Use the same settings to continue it, or another --output-dir to start afresh.",
-                )
+                raise other_settings(path, different)
             for leftover in (*path.rglob("*.partial"), *path.rglob("*.__lock")):
                 leftover.unlink()
             if manifest.complete:

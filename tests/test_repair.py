@@ -17,6 +17,7 @@ from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.repair import repair_run
 from mechanistic.store import read_manifest
 from mechanistic.store.errors import OutputExistsError, StoreError
+from mechanistic.store.lock import take_lock
 from mechanistic.store.merge import merge_run
 from mechanistic.store.verify import verify_run
 
@@ -67,6 +68,16 @@ def flip(file: Path) -> None:
 
 def test_repair__of_a_sound_run_does_nothing(loaded: LoadedModel, run: Path) -> None:
     assert "nothing to do" in repair_run(run, loaded, DATA).message()
+
+
+def test_repair__loads_the_model_only_where_there_is_something_to_do(run: Path, tmp_path: Path) -> None:
+    def refused() -> LoadedModel:
+        raise AssertionError("loaded a model")
+
+    assert "nothing to do" in repair_run(run, refused, DATA).message()
+    flip(run / "text/resid_post/resid_post/c/0/0/0")
+    with take_lock(run), pytest.raises(OutputExistsError, match="another process"):
+        repair_run(run, refused, DATA)
 
 
 def test_repair__recaptures_exactly_the_damaged_samples(

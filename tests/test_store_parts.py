@@ -158,6 +158,12 @@ def test_merge__refuses_a_full_disk_before_it_writes(parts: Path, monkeypatch: p
         merge_run(parts)
 
 
+def test_root__removes_what_a_job_left_that_was_killed_there(parts: Path) -> None:
+    (parts / "zarr.json.0123abcd.partial").write_text("{")
+    open_root(parts, ATTRIBUTES, parts=PARTS)
+    assert list(parts.glob("*.partial")) == []
+
+
 def test_root__refuses_other_settings(parts: Path) -> None:
     with pytest.raises(OutputExistsError, match=r"parts is 3, not 4"):
         open_root(parts, ATTRIBUTES, parts=4)

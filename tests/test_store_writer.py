@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from mechanistic.store import ArraySchema, GroupSchema, RunWriter, open_run, rea
 from mechanistic.store.errors import DiskFullError, OutputExistsError, StoreError
 from mechanistic.store.info import human_bytes
 from mechanistic.store.layout import layout
+from mechanistic.store.lock import take_lock
 from mechanistic.store.manifest import sync
 
 
@@ -107,9 +109,57 @@ def test_writer__resume_refuses_other_settings(tmp_path: Path) -> None:
 def test_writer__second_writer_is_refused(tmp_path: Path) -> None:
     with (
         RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, small_run.groups(), samples=12),
-        pytest.raises(OutputExistsError, match="another process is writing"),
+        pytest.raises(OutputExistsError, match=rf"another process is writing .*\(process {os.getpid()} on "),
     ):
         RunWriter.resume(tmp_path / "run", small_run.ATTRIBUTES)
+
+
+DIE_IN_CREATION = """
+import os, sys, small_run
+from mechanistic.store import RunWriter, draft
+draft.sync_all = lambda folder: os.kill(os.getpid(), 9)
+RunWriter.create(sys.argv[1], small_run.ATTRIBUTES, small_run.groups(), samples=1)
+"""
+
+
+@pytest.mark.parametrize("again", ["create", "resume"])
+def test_writer__removes_the_drafts_of_dead_writers_alone(tmp_path: Path, again: str) -> None:
+    run = tmp_path / "run"
+    if again == "resume":
+        RunWriter.create(run, small_run.ATTRIBUTES, small_run.groups(), samples=1).close()
+    died = subprocess.run(
+        [sys.executable, "-c", DIE_IN_CREATION, str(tmp_path / "other")],
+        cwd=Path(small_run.__file__).parent,
+        check=False,
+    )
+    assert died.returncode == -9
+    (draft,) = tmp_path.glob("other.*.partial")
+    draft.rename(tmp_path / "run.0123abcd.partial")
+    (tmp_path / "run.12340000.partial").mkdir()
+    kept = [
+        tmp_path / name for name in ("run.99990000.partial", "run.mine.partial", "other.12340000.partial")
+    ]
+    for folder in kept:
+        folder.mkdir()
+    with take_lock(kept[0]):
+        if again == "resume":
+            RunWriter.resume(run, small_run.ATTRIBUTES).close()
+        else:
+            RunWriter.create(run, small_run.ATTRIBUTES, small_run.groups(), samples=1).close()
+    assert sorted(tmp_path.glob("*.partial")) == sorted(kept)
+
+
+def test_writer__a_draft_taken_for_a_dead_one_is_another_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(folder: Path) -> None:
+        folder.rmdir()
+        raise FileNotFoundError(folder)
+
+    monkeypatch.setattr("mechanistic.store.draft.take_lock", taken)
+    with pytest.raises(OutputExistsError, match=r"another process is writing .*run\."):
+        RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, small_run.groups(), samples=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writer__create_refuses_an_occupied_folder(tmp_path: Path) -> None:
