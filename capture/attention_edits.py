@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mechanistic.store.errors import ModelError
 
+from .attention_editor import Editor
 from .residual import hidden_input
 
 Change = Callable[[Tensor], Tensor]
@@ -25,8 +26,8 @@ class _Layer:
     seen: int = 0
 
 
-class AttentionEdits:
-    """An `Editor` of the tap; empty, it is false."""
+class AttentionEdits(Editor):
+    """The editor of an intervention; empty, it is false."""
 
     def __init__(self) -> None:
         self._layers: dict[nn.Module, _Layer] = {}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mechanistic.store.errors import CaptureError
 
+from .attention_editor import Editor
 from .interventions import with_input
 from .models import LoadedModel
 from .prompts import Inputs
@@ -152,8 +153,8 @@ class _Narrow:
         return value
 
 
-class _WholeKeys:
-    """An `Editor` that gives the later tokens' queries the keys of all tokens."""
+class _WholeKeys(Editor):
+    """Gives the later tokens' queries the keys of all tokens."""
 
     def __init__(self, rows: Tensor, earlier: Sequence[EarlierTokens]) -> None:
         self.rows = rows
@@ -187,22 +188,6 @@ class _WholeKeys:
             else padded[0][:, None].expand(-1, len(new), -1, -1)
         )
         return _put(whole, self.rows, new.transpose(0, 1)).transpose(0, 1)
-
-    def edits_weights(self, module: nn.Module) -> bool:
-        """Never."""
-        return False
-
-    def scores(self, module: nn.Module, scores: Tensor) -> Tensor:
-        """As they are."""
-        return scores
-
-    def pattern(self, module: nn.Module, pattern: Tensor) -> Tensor:
-        """As it is."""
-        return pattern
-
-    def after(self, module: nn.Module, output: Tensor) -> Tensor:
-        """As it is."""
-        return output
 
 
 def _taken(tensor: Tensor, rows: Tensor) -> Tensor:

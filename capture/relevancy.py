@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mechanistic.store.errors import CaptureError, SpecificationError
 
 from .anatomy import CROSS
+from .attention_editor import Editor
 from .attention_rows import block_bytes_on, row_blocks
 from .decoder_inputs import DecoderInputs, changed_decoder_inputs
 from .tap import AttentionCall, tapped
@@ -24,8 +25,8 @@ from .targeted_sample import TargetedSample, frozen
 from .token_table import Columns
 
 
-class _Watch:
-    """Keeps each layer's call, and its heads' outputs in the graph; as an `Editor` it changes nothing."""
+class _Watch(Editor):
+    """Keeps each layer's call, and its heads' outputs in the graph; it changes nothing."""
 
     def __init__(self, layers: dict[nn.Module, tuple[str, int]]) -> None:
         self.layers = layers
@@ -40,20 +41,6 @@ class _Watch:
     def __call__(self, call: AttentionCall) -> None:
         if call.module in self.layers:
             self.calls[self._place(call.module)] = call
-
-    def before(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return query, key, value, mask
-
-    def edits_weights(self, module: nn.Module) -> bool:
-        return False
-
-    def scores(self, module: nn.Module, scores: Tensor) -> Tensor:
-        return scores
-
-    def pattern(self, module: nn.Module, pattern: Tensor) -> Tensor:
-        return pattern
 
     def after(self, module: nn.Module, output: Tensor) -> Tensor:
         if module in self.layers:

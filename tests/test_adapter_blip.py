@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo import ZOO, samples
 from zoo_parts import HUB, grown
 
+from mechanistic.capture.attention_editor import Editor
 from mechanistic.capture.batch import Batch, prepare_batch
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import LoadedModel
@@ -20,7 +21,7 @@ from mechanistic.capture.token_table import TokenTexts
 from mechanistic.store.errors import ModelError
 
 
-class QueryEditor:
+class QueryEditor(Editor):
     """Doubles the queries of some modules; the formula is asked for where `by_formula`."""
 
     def __init__(self, *, factor: float, by_formula: bool = False) -> None:
@@ -34,15 +35,6 @@ class QueryEditor:
 
     def edits_weights(self, module: nn.Module) -> bool:
         return self.by_formula
-
-    def scores(self, module: nn.Module, scores: Tensor) -> Tensor:
-        return scores
-
-    def pattern(self, module: nn.Module, pattern: Tensor) -> Tensor:
-        return pattern
-
-    def after(self, module: nn.Module, output: Tensor) -> Tensor:
-        return output
 
 
 @pytest.fixture
