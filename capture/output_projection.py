@@ -74,6 +74,10 @@ class ProjectionProbe:
         """What a module that was given this may multiply it with."""
         return [OutputProjection(module, transposed, "") for transposed in (False, True)]
 
+    def gathered(self, given: Tensor) -> Tensor:
+        """What a module was given, with what its other processes were given of the same."""
+        return given
+
     def _linear(self, module: nn.Module, args: Any, output: Any) -> None:
         given = args[0] if args and isinstance(args[0], Tensor) else None
         output = first_tensor(output)
@@ -84,6 +88,7 @@ class ProjectionProbe:
         ):
             return
         self.reason = "its output projection is not one matrix"
+        given = self.gathered(given)
         for matrix in self.matrices(module, given):
             if matrix.weight.shape != (output.shape[-1], given.shape[-1]) or matrix.weight.is_meta:
                 continue

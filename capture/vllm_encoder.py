@@ -16,8 +16,11 @@ from .vllm_layers import layer_of
 
 # By family, the classes of encoder layers whose tokens were compared, one by one, with the model's own.
 COMPARED: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("SiglipEncoderLayer",),
     "llava": ("CLIPEncoderLayer",),
+    "qwen2_vl": ("Qwen2VisionBlock",),
     "qwen2_5_vl": ("Qwen2_5_VisionBlock",),
+    "qwen3_vl": ("Qwen3_VisionBlock",),
 }
 _ELSEWHERE = "Capture vision sites with --backend transformers, into a run of their own."
 

@@ -117,7 +117,7 @@ def layer_of(name: str) -> tuple[int, str] | None:
 
 
 def find_readout(model: nn.Module, tokens: list[int]) -> dict[str, Tensor] | None:
-    """Final norm and unembedding rows of `tokens`; None where either is not found or cut over processes."""
+    """Final norm, and unembedding rows of those `tokens` that this process owns; None where not found."""
     layers = find_engine_layers(model)
     holder_path = layers[0].path.rpartition(".")[0].rpartition(".")[0]
     norms = [
@@ -129,13 +129,15 @@ def find_readout(model: nn.Module, tokens: list[int]) -> dict[str, Tensor] | Non
     if not heads:
         # With tied weights the embedding is the head.
         heads = [each for each in model.modules() if type(each).__name__ == "VocabParallelEmbedding"]
-    if len(norms) != 1 or len(heads) != 1 or getattr(heads[0], "tp_size", 1) != 1:
+    if len(norms) != 1 or len(heads) != 1:
         return None
-    weight: Tensor = heads[0].weight  # type: ignore[assignment]
-    chosen = weight[torch.tensor(tokens, device=weight.device)]
-    out: dict[str, Any] = {"unembed": chosen, "norm": norms[0].weight}
-    for name, module in (("norm_bias", norms[0]), ("unembed_bias", heads[0])):
+    head: Any = heads[0]
+    first, stop = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
+    owned = torch.tensor([token for token in tokens if first <= token < stop], dtype=torch.int64)
+    rows = (owned - first).to(head.weight.device)
+    out: dict[str, Any] = {"tokens": owned, "unembed": head.weight[rows], "norm": norms[0].weight}
+    for name, module in (("norm_bias", norms[0]), ("unembed_bias", head)):
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
-            out[name] = bias if name == "norm_bias" else bias[torch.tensor(tokens, device=bias.device)]
+            out[name] = bias if name == "norm_bias" else bias[rows]
     return {name: value.detach().cpu().contiguous() for name, value in out.items()}

@@ -17,7 +17,7 @@ from .vllm_engine import Engine
 
 @dataclass(frozen=True)
 class PackedProjection(OutputProjection):
-    """A linear module of an engine; `like` is one row of what it reads."""
+    """A linear module of an engine; `like` is one row of what its processes read, each a slice of it."""
 
     like: Tensor
 
@@ -33,9 +33,12 @@ class PackedProjection(OutputProjection):
         return self._run(torch.zeros_like(self.like))[0]
 
     def _run(self, rows: Tensor) -> Tensor:
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        own = rows.chunk(get_tensor_model_parallel_world_size(), -1)[get_tensor_model_parallel_rank()]
         with torch.no_grad():
             # Not by calling the module, whose hooks are at work.
-            return first_tensor(self.module.forward(rows))
+            return first_tensor(self.module.forward(own.contiguous()))
 
 
 class PackedProjectionProbe(ProjectionProbe):
@@ -44,6 +47,13 @@ class PackedProjectionProbe(ProjectionProbe):
     def may_project(self, module: nn.Module) -> bool:
         """Whether it is a linear module, whatever became of its weight."""
         return "linear" in type(module).__name__.lower()
+
+    def gathered(self, given: Tensor) -> Tensor:
+        """See `ProjectionProbe`."""
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        whole: Tensor = tensor_model_parallel_all_gather(given)
+        return whole
 
     def matrices(self, module: nn.Module, given: Tensor) -> list[OutputProjection]:
         """The one matrix that it gives away, if it is linear at all."""

@@ -13,25 +13,47 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from mechanistic.store.errors import CaptureError
+
 from .models import LoadedModel
 from .readout import build_readout
 from .vllm_engine import Engine
 from .vllm_projection import linear
 
+# What is cut over the processes of an engine by words.
+_CUT = ("tokens", "unembed", "unembed_bias")
+
 
 def engine_readout(
     engine: Engine, loaded: LoadedModel, words: Mapping[int, str]
 ) -> tuple[xr.Dataset, dict[str, Any]] | None:
-    """What `build_readout` returns; None also where the unembedding is cut over processes."""
+    """What `build_readout` returns; each process of the engine gives the rows that it owns.
+
+    Raises
+    ------
+    CaptureError    some word is no row of any process.
+    """
     from safetensors.torch import load_file
 
     norm = loaded.anatomy.final_norm
     tokens = sorted(words)
-    if norm is None or not tokens or not engine.call("mechanistic_readout", engine.folder.name, tokens)[0]:
+    if norm is None or not tokens or not all(engine.call("mechanistic_readout", engine.folder.name, tokens)):
         return None
-    file = Path(engine.folder.name) / "readout0.safetensors"
-    held = load_file(file)
-    file.unlink()
+    files = sorted(Path(engine.folder.name).glob("readout*.safetensors"))
+    parts = [load_file(file) for file in files]
+    for file in files:
+        file.unlink()
+    held = {
+        **parts[0],
+        **{name: torch.cat([part[name] for part in parts]) for name in _CUT if name in parts[0]},
+    }
+    order = held["tokens"].argsort()
+    if held["tokens"][order].tolist() != tokens:
+        raise CaptureError(
+            f"The engine's processes own {len(order)} of the {len(tokens)} words of the answers.",
+            "Report the vLLM version and the model.",
+        )
+    held |= {name: held[name][order] for name in _CUT if name in held}
     anatomy = replace(
         loaded.anatomy,
         final_norm=with_weights(norm, held),

@@ -55,14 +55,17 @@ class Family:
         return "vision" in self.layers
 
 
-def samples(family: Family) -> tuple[Sample, ...]:
-    """Four questions of different lengths; with images of different sizes, one or two a question."""
-    extra = ("", " and the blue ring", " and", " and the blue ring and the red cross")
+def samples(family: Family, count: int = 4) -> tuple[Sample, ...]:
+    """Questions of different lengths, at most six; with images of different sizes, one or two a question."""
+    ring, cross = " and the blue ring", " and the red cross"
+    extra = ("", ring, " and", ring + cross, " red", " and the cross")
     sizes = family.sizes
 
     def images(number: int) -> tuple[Image.Image, ...]:
-        count = min(1 + number % 2, family.most) if family.sees else 0
-        return tuple(picture(10 * number + i, *sizes[(number + i) % len(sizes)]) for i in range(count))
+        many = min(1 + number % 2, family.most) if family.sees else 0
+        # The last of six begins with the image of the first.
+        first = number % 5
+        return tuple(picture(10 * first + i, *sizes[(first + i) % len(sizes)]) for i in range(many))
 
     return tuple(
         Sample(
@@ -75,7 +78,7 @@ def samples(family: Family) -> tuple[Sample, ...]:
             subject="red square",
             object="blue circle",
         )
-        for number in range(4)
+        for number in range(count)
     )
 
 
@@ -120,37 +123,19 @@ ZOO: dict[str, Family] = {
     "gpt_oss": Family(gpt_oss, {"text": "model.layers"}, {"text": ["sliding_window", "causal"]}),
     "gpt2": Family(gpt2, {"text": "transformer.h"}, {"text": ["causal"]}, halves={"text": ATTN_MLP}),
     "qwen2_vl": Family(
-        lambda: qwen("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
+        lambda: qwen("Qwen2VL"),
         QWEN,
         {"text": ["causal"], "vision": ["per_image"]},
         halves={"vision": ATTN_MLP},
     ),
     "qwen2_5_vl": Family(
-        lambda: qwen(
-            "Qwen2_5_VL",
-            {
-                "hidden_size": 16,
-                "out_hidden_size": 32,
-                "intermediate_size": 24,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
-            },
-        ),
+        lambda: qwen("Qwen2_5_VL"),
         QWEN,
         {"text": ["causal"], "vision": ["image_windows", "per_image"]},
         halves={"vision": ATTN_MLP},
     ),
     "qwen3_vl": Family(
-        lambda: qwen(
-            "Qwen3VL",
-            {
-                "hidden_size": 16,
-                "out_hidden_size": 32,
-                "intermediate_size": 24,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0],
-            },
-        ),
+        lambda: qwen("Qwen3VL"),
         QWEN,
         {"text": ["causal"], "vision": ["per_image"]},
         halves={"vision": ATTN_MLP},

@@ -14,15 +14,11 @@ def text_only(model: Any) -> LoadedModel:
     return grown(model, tokenizer(), model.config.model_type)
 
 
-def gemma2() -> LoadedModel:
+def gemma2(**text: Any) -> LoadedModel:
     """Gemma 2: sliding windows, softcaps."""
+    sizes = {**TEXT, "num_hidden_layers": 3, "head_dim": 8, "query_pre_attn_scalar": 8, **text}
     config = HUB.Gemma2Config(
-        **{**TEXT, "num_hidden_layers": 3},
-        head_dim=8,
-        sliding_window=6,
-        query_pre_attn_scalar=8,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
+        **sizes, sliding_window=6, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
     )
     return text_only(HUB.Gemma2ForCausalLM(config))
 

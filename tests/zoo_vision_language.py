@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from zoo_parts import HALF, HUB, TEXT, VOCABULARY, clip, grown, siglip, template, tokenizer
@@ -12,7 +11,17 @@ from mechanistic.capture.processors import without_video
 from mechanistic.capture.train_architecture import PAD
 
 
-def qwen(name: str, vision: Mapping[str, Any]) -> LoadedModel:
+def _qwen_encoder(name: str, width: int) -> dict[str, Any]:
+    plain = {"depth": 2, "patch_size": 4, "temporal_patch_size": 2, "num_heads": 4}
+    if name == "Qwen2VL":
+        return {**plain, "embed_dim": 16, "hidden_size": width, "mlp_ratio": 2}
+    sizes = {"hidden_size": 16, "out_hidden_size": width, "intermediate_size": 24}
+    if name == "Qwen2_5_VL":
+        return {**plain, **sizes, "window_size": 16, "fullatt_block_indexes": [1]}
+    return {**plain, **sizes, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+
+
+def qwen(name: str, videos: Any = None, **text: Any) -> LoadedModel:
     """Qwen2-VL and its successors, by the prefix of their classes."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -26,11 +35,13 @@ def qwen(name: str, vision: Mapping[str, Any]) -> LoadedModel:
             ("vision_end", "vision_end"),
         )
     }
-    section = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 10000.0}
+    sizes = {**TEXT, **({"head_dim": 8} if "3" in name else {}), **text}
+    turns = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]) // 8
+    section = {"mrope_section": [turns, turns, 2 * turns], "rope_type": "default", "rope_theta": 10000.0}
     rope = {"rope_parameters": {**section, "mrope_interleaved": True} if "3" in name else section}
     config = getattr(HUB, f"{name}Config")(
-        text_config={**TEXT, **rope, **({"head_dim": 8} if "3" in name else {})},
-        vision_config={"depth": 2, "patch_size": 4, "temporal_patch_size": 2, "num_heads": 4, **vision},
+        text_config={**sizes, **rope},
+        vision_config=_qwen_encoder(name, sizes["hidden_size"]),
         tie_word_embeddings=False,
         **ids,
     )
@@ -39,7 +50,9 @@ def qwen(name: str, vision: Mapping[str, Any]) -> LoadedModel:
     )
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     base = getattr(HUB, f"{name}Processor")
-    processor = without_video(base)(images, words, None, chat_template=template(image))
+    # What reads videos needs torchvision, which only some environments have.
+    made = without_video(base) if videos is None else base
+    processor = made(images, words, videos, chat_template=template(image))
     return grown(getattr(HUB, f"{name}ForConditionalGeneration")(config), processor, name)
 
 
@@ -51,11 +64,12 @@ def gemma3_cropping() -> LoadedModel:
     return loaded
 
 
-def gemma3() -> LoadedModel:
+def gemma3(**text: Any) -> LoadedModel:
     """Gemma 3 with one local and one global layer."""
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     words = tokenizer(image_token="<image>", boi_token="<|vision_start|>", eoi_token="<|vision_end|>")
+    words.add_tokens(["\n\n\n", "\n\n\n\n"])
     config = HUB.Gemma3Config(
         text_config={
             **TEXT,
@@ -63,6 +77,7 @@ def gemma3() -> LoadedModel:
             "query_pre_attn_scalar": 8,
             "sliding_window": 20,
             "layer_types": ["sliding_attention", "full_attention"],
+            **text,
         },
         vision_config=siglip(image_size=64),
         mm_tokens_per_image=16,
@@ -96,7 +111,7 @@ def paligemma() -> LoadedModel:
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
-def llava(name: str) -> LoadedModel:
+def llava(name: str, **text: Any) -> LoadedModel:
     """LLaVA 1.5 or LLaVA-NeXT."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -104,9 +119,10 @@ def llava(name: str) -> LoadedModel:
     anyres = "Next" in name
     grid = {"image_grid_pinpoints": PINPOINTS} if anyres else {}
     config = getattr(HUB, f"{name}Config")(
-        text_config={**TEXT, "model_type": "llama"},
+        text_config={**TEXT, "model_type": "llama", **text},
         vision_config=clip(),
         image_token_index=VOCABULARY["<image>"],
+        image_seq_length=16,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,

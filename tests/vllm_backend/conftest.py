@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def engine() -> Iterator[Callable[..., Any]]:
-    """Loads models into engines in this very process, and stops them after the test."""
+@contextmanager
+def starting() -> Iterator[Callable[..., Any]]:
+    """Loads models into engines in this very process, and stops them at the end."""
     from mechanistic.capture.models import load_model
 
     started: list[Any] = []
@@ -53,3 +54,10 @@ def engine() -> Iterator[Callable[..., Any]]:
     yield load
     for each in started:
         each.close()
+
+
+@pytest.fixture
+def engine() -> Iterator[Callable[..., Any]]:
+    """`starting`, until the end of a test."""
+    with starting() as load:
+        yield load

@@ -7,32 +7,38 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from engine_models import ANSWER, MODELS, QUESTIONS, samples, save, sites
-from tiny_models import Listed
+from engine_models import FAMILIES, LONG, LONG_ANSWER, MODELS, QUESTIONS, dataset, save, sites, some_sites
+from library_alone import ANSWER, alone, unembedding
 
 from mechanistic.capture.job import capture_run
+from mechanistic.capture.models import load_model
 from mechanistic.capture.shapes import Shapes
+from mechanistic.store import open_run
 
 
 def main(folder: Path) -> None:
-    """One folder a model, one run beside it, and a longer run of the bundled model."""
+    """One folder a model; beside it a run, and the library alone; and a longer run of the bundled model."""
     torch.set_num_threads(1)
-    for name in MODELS:
-        save(name, folder / name)
-        capture_run(
-            str(folder / name),
-            Listed(samples(name)),
+    settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": ANSWER, "quiet": True}
+    for name, family in FAMILIES.items():
+        if name in MODELS:
+            save(name, folder / name)
+        source, data, run = (
+            str(folder / name) if name in MODELS else name,
+            dataset(name),
             folder / f"{name}-run",
-            sites=sites(name),
-            batch_size=6,
-            max_new_tokens=ANSWER,
-            attention="eager",
-            quiet=True,
         )
-    whole = {"sites": sites("spatial-tiny"), "max_new_tokens": ANSWER, "quiet": True}
-    capture_run("spatial-tiny", Shapes(6), folder / "spatial-tiny-run", **whole)
+        loaded = load_model(source, attn_implementation="eager")
+        capture_run(loaded, data, run, sites=sites(name), **settings)
+        prompts = open_run(run)["samples"].to_dataset().prompt.values.tolist()
+        seen = [alone(family, loaded, prompt, data[number]) for number, prompt in enumerate(prompts)]
+        torch.save((seen, unembedding(family, loaded)), folder / f"{name}-alone.pt")
+        if name in LONG:
+            longer = {**settings, "max_new_tokens": LONG_ANSWER, "sites": some_sites(name)}
+            capture_run(loaded, data, folder / f"{name}-long-run", **longer)
     last = {"sites": ["text.3.resid_post[last]"], "batch_size": 40, "quiet": True}
     capture_run("spatial-tiny", Shapes(QUESTIONS), folder / "shapes-run", **last)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_models import QUESTIONS, samples
+from engine_models import LONG, LONG_ANSWER, QUESTIONS, SOME, dataset, sites, some_sites
+from library_alone import ANSWER
 from same_runs import assert_same_runs
-from tiny_models import Listed
 
 import mechanistic.capture.vllm_backend as vllm_backend
 import mechanistic.capture.vllm_engine as vllm_engine
@@ -28,7 +28,6 @@ from mechanistic.store.errors import CaptureError
 from mechanistic.store.merge import merge_run
 
 LOST = ("text/resid_post/resid_post", "vision/q/q")
-SITES = ("text.*.resid_post", "text.*.q[text]", "text.0.k", "text.1.attn_stats[text]")
 
 
 def test_capture_command__answers_400_questions_as_transformers_does(zoo: Path, tmp_path: Path) -> None:
@@ -61,9 +60,9 @@ def test_engine_processes__a_mistake_in_a_hook_ends_the_job(
         with pytest.raises(CaptureError, match=r"(?s)engine stopped.*ZeroDivisionError: a mistake in a hook"):
             capture_run(
                 loaded,
-                Listed(samples("llama")),
+                dataset("llama"),
                 path,
-                sites=SITES,
+                sites=SOME,
                 batch_size=1,
                 max_new_tokens=6,
             )
@@ -73,11 +72,26 @@ def test_engine_processes__a_mistake_in_a_hook_ends_the_job(
     assert read_manifest(path).samples < 6
 
 
+def test_engine_processes__two_that_share_the_heads_give_what_one_gives(zoo: Path, tmp_path: Path) -> None:
+    loaded = load_model(
+        str(zoo / "llava"), backend="vllm", engine={"tensor_parallel_size": 2, "max_model_len": 256}
+    )
+    settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": ANSWER, "quiet": True}
+    try:
+        capture_run(loaded, dataset("llava"), tmp_path / "run", sites=sites("llava"), **settings)
+        assert [each["heads"] for worker in loaded.engine.engine.workers for each in worker["layers"]] == [
+            2
+        ] * 4
+    finally:
+        loaded.engine.close()
+    assert_same_runs(zoo / "llava-run", tmp_path / "run")
+
+
 def test_capture_run__continued_after_a_kill_equals_uninterrupted(
     zoo: Path, tmp_path: Path, engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, data = engine(zoo / "llama"), Listed(samples("llama"))
-    settings: dict[str, Any] = {"sites": SITES, "batch_size": 1, "max_new_tokens": 2, "quiet": True}
+    loaded, data = engine(zoo / "llama"), dataset("llama")
+    settings: dict[str, Any] = {"sites": SOME, "batch_size": 1, "max_new_tokens": 2, "quiet": True}
     capture_run(loaded, data, tmp_path / "whole", **settings)
     honest, seen = vllm_backend.VllmBackend.capture, []
 
@@ -105,7 +119,7 @@ def test_capture_run__continued_after_a_kill_equals_uninterrupted(
 def test_repair_run__puts_back_what_was_lost_and_the_run_compares_as_before(
     zoo: Path, tmp_path: Path, engine: Callable[..., Any]
 ) -> None:
-    loaded, data, path = engine(zoo / "llava"), Listed(samples("llava")[:3]), tmp_path / "run"
+    loaded, data, path = engine(zoo / "llava"), dataset("llava", 3), tmp_path / "run"
     sites = ("text.*.resid_post", "vision.*.q")
     capture_run(loaded, data, path, sites=sites, batch_size=2, max_new_tokens=1, quiet=True)
     capture_run(loaded, data, tmp_path / "again", sites=sites, batch_size=2, max_new_tokens=1, quiet=True)
@@ -119,26 +133,25 @@ def test_repair_run__puts_back_what_was_lost_and_the_run_compares_as_before(
     assert float(compared["relative_difference"].max()) < 1e-6
 
 
+@pytest.mark.parametrize("name", LONG)
 def test_capture_run__preempted_requests_are_computed_again_and_agree(
-    zoo: Path, tmp_path: Path, engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    name: str, zoo: Path, tmp_path: Path, engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = Listed(samples("qwen2"))
-    settings: dict[str, Any] = {"sites": SITES, "batch_size": 6, "max_new_tokens": 40, "quiet": True}
-    capture_run(engine(zoo / "qwen2"), data, tmp_path / "roomy", **settings)
-    again: list[int] = []
+    again: set[int] = set()
     honest = vllm_spool.place_rows
 
-    def watched(*arguments: Any) -> Any:
-        found = honest(*arguments)
-        again.append(len(found.again))
+    def watched(labels: Any, wanted: Any, what: str) -> Any:
+        found = honest(labels, wanted, what)
+        again.update(labels[found.again[:, 1], 0].tolist())
         return found
 
     monkeypatch.setattr(vllm_spool, "place_rows", watched)
     # Room for the keys of two of the six at full length.
-    tight = engine(zoo / "qwen2", block_size=32, num_gpu_blocks_override=11, max_model_len=192)
-    capture_run(tight, data, tmp_path / "tight", **settings)
-    assert sum(again) > 0, "nothing was preempted"
-    assert_same_runs(tmp_path / "roomy", tmp_path / "tight")
+    tight = engine(zoo / name, block_size=32, num_gpu_blocks_override=11, max_model_len=192)
+    settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": LONG_ANSWER, "quiet": True}
+    capture_run(tight, dataset(name), tmp_path / "run", sites=some_sites(name), **settings)
+    assert again, "nothing was preempted"
+    assert_same_runs(zoo / f"{name}-long-run", tmp_path / "run")
 
 
 def test_capture_run__rows_that_are_not_who_they_seem_end_the_job(
@@ -152,16 +165,14 @@ def test_capture_run__rows_that_are_not_who_they_seem_end_the_job(
 
     monkeypatch.setattr(vllm_recorder, "spans_of_step", swapped)
     with pytest.raises(CaptureError, match=r"(?s)engine stopped.*cannot be told apart: rows begin at"):
-        capture_run(loaded, Listed(samples("llama")), tmp_path / "run", sites=SITES, quiet=True)
+        capture_run(loaded, dataset("llama"), tmp_path / "run", sites=SOME, quiet=True)
 
 
 def test_capture_run__a_sample_that_is_too_long_fails_alone(
     zoo: Path, tmp_path: Path, engine: Callable[..., Any]
 ) -> None:
     loaded = engine(zoo / "llama", max_model_len=18)
-    done = capture_run(
-        loaded, Listed(samples("llama")), tmp_path / "run", sites=SITES, max_new_tokens=2, quiet=True
-    )
+    done = capture_run(loaded, dataset("llama"), tmp_path / "run", sites=SOME, max_new_tokens=2, quiet=True)
     held = open_run(tmp_path / "run")["samples"].to_dataset()
     assert 0 < done.failed < 6
     (first, *_) = [text for text in held["error"].values.tolist() if text]
