@@ -15,6 +15,7 @@ from .attention_rows import AttentionRows, RowStatistic, attention_statistics
 from .blocks import MAX_BYTES
 
 _KINDS = ("image", "text", "special", "answer")
+_CODES = np.array([KIND[kind] for kind in _KINDS])
 
 
 def attention_mass(
@@ -64,14 +65,12 @@ def mass_statistic() -> RowStatistic:
     names = {f"mass_{kind}": f"attention mass on {kind} tokens" for kind in _KINDS}
     names["mass_first"] = "attention mass on the first token"
     variables = {name: {"units": "1", "long_name": meaning} for name, meaning in names.items()}
-    return RowStatistic(variables, _mass_of_rows, key_columns=("kind", "position"))
+    return RowStatistic(variables, _mass_of_rows, key_columns=("kind",))
 
 
 def _mass_of_rows(rows: AttentionRows) -> NDArray[Any]:
-    kinds, position = rows.key["kind"], rows.key["position"]
-    members = np.empty((len(kinds), len(_KINDS) + 1), np.float32)
-    for place, kind in enumerate(_KINDS):
-        members[:, place] = kinds == KIND[kind]
-    members[:, -1] = position == 0
-    # Head by head: products this small are three times as fast as one of all rows.
-    return np.asarray(rows.exponentials @ members / rows.totals[..., None])
+    members = (rows.key["kind"] == _CODES[:, None]).astype(np.float32)
+    # Head by head: products this small are three times as fast as one of all rows. Keys are complete, so the
+    # first of them is the sample's first token.
+    masses = [rows.exponentials @ members.T, rows.exponentials[..., :1]]
+    return np.asarray(np.concatenate(masses, axis=-1) / rows.totals[..., None])

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.linalg.blas import sger
 
 from mechanistic.store.errors import DataError
 
 from .attention_inputs import AttentionInputs, attention_inputs
 from .blocks import MAX_BYTES, ROW_BLOCK, Columns, align_blocks, map_blocks, sample_spans
 from .mask_rules import MASK_COLUMNS, AttentionRule
+from .single_precision import to_single
 from .stored_statistics import only_statistics, stored_statistics
 
 Floats = NDArray[np.float32]
@@ -38,7 +40,7 @@ class AttentionRows:
     scores, exponentials (head, query, key); sums (head, query) of the exponentials, and totals, what they are
     divided by: the sums and, in a layer with attention sinks, the sink's own. Both are NaN where a query may
     look at no key; sums also where a sink takes all. `query` and `key` hold the columns of these query rows
-    and of these keys. `heads` are positions on the head axis.
+    and of these keys. `heads` are positions on the head axis. Those that come next take the same memory.
     """
 
     scores: Floats
@@ -178,15 +180,17 @@ def walk_rows(
     rows, keys = sample_spans(query_columns["sample_index"]), sample_spans(key_columns["sample_index"])
     place = np.searchsorted(keys.sample, rows.sample)
     groups = [(kv, np.flatnonzero(kv_of_head == kv)) for kv in np.unique(kv_of_head)]
+    # Used again and again: memory that is new to a process costs as much as a pass over it.
+    longest = int((keys.stop - keys.start).max(initial=0))
+    scratch = np.empty((2, max(TILE_BYTES // 4, ROW_BLOCK * longest)), np.float32)
     for number, at in enumerate(place):
         these, those = slice(rows.start[number], rows.stop[number]), slice(keys.start[at], keys.stop[at])
         of_key = {name: values[those] for name, values in key_columns.items()}
         _require_complete(of_key["position"], int(rows.sample[number]))
         # (kv_head, d_head, key): the layout that the matrix product reads in order; the scale goes here, as
         # several query heads share a key head.
-        keys_of_sample = np.multiply(
-            key[those].transpose(1, 2, 0), np.float32(rule.scale), dtype=np.float32, order="C"
-        )
+        keys_of_sample = to_single(np.ascontiguousarray(key[those].transpose(1, 2, 0)))
+        keys_of_sample = keys_of_sample * np.float32(rule.scale)
         for start in range(these.start, these.stop, ROW_BLOCK):
             piece = slice(start, min(start + ROW_BLOCK, these.stop))
             of_query = {name: values[piece] for name, values in query_columns.items()}
@@ -196,10 +200,10 @@ def walk_rows(
             ceiling = _ceiling(banned)
             for kv, heads in groups:
                 for part in _tiles(heads, *banned.shape):
-                    asked = np.ascontiguousarray(query[piece, part].transpose(1, 0, 2), np.float32)
-                    scores = _scores(asked, keys_of_sample[kv, :, :stop], rule.softcap, ceiling)
+                    asked = to_single(np.ascontiguousarray(query[piece].transpose(1, 0, 2)[part]))
+                    scores = _scores(asked, keys_of_sample[kv, :, :stop], rule.softcap, ceiling, scratch[0])
                     sinks = None if rule.sinks is None else rule.sinks[part]
-                    yield piece, _normalise(scores, banned, sinks, of_query, near, part, layer)
+                    yield piece, _normalise(scores, banned, sinks, of_query, near, part, layer, scratch[1])
 
 
 def _tiles(heads: NDArray[np.int64], rows: int, keys: int) -> list[NDArray[np.int64]]:
@@ -214,16 +218,17 @@ def _ceiling(banned: NDArray[np.bool_]) -> Floats:
     return np.where(edge, MASKED, np.float32(np.inf))
 
 
-def _scores(query: Floats, key: Floats, softcap: float | None, ceiling: Floats) -> Floats:
+def _scores(query: Floats, key: Floats, softcap: float | None, ceiling: Floats, scratch: Floats) -> Floats:
     """Logits (head, query, key) of heads that share a key head, as one matrix product."""
     heads, rows, width = query.shape
+    scores: Floats = scratch[: heads * rows * key.shape[1]].reshape(heads * rows, key.shape[1])
     # What is not finite is found by its totals, and reported with its sample: no warning besides.
     with np.errstate(invalid="ignore", over="ignore"):
-        scores: Floats = query.reshape(heads * rows, width) @ key
+        np.matmul(query.reshape(heads * rows, width), key, out=scores)
         if softcap is not None:
             np.tanh(np.divide(scores, np.float32(softcap), out=scores), out=scores)
             scores *= np.float32(softcap)
-    scores = scores.reshape(heads, rows, key.shape[-1])
+    scores = scores.reshape(heads, rows, key.shape[1])
     edge = scores[..., scores.shape[-1] - ceiling.shape[-1] :]
     np.fmin(edge, ceiling, out=edge)
     return scores
@@ -237,13 +242,14 @@ def _normalise(
     key: Columns,
     heads: NDArray[np.int64],
     layer: int,
+    scratch: Floats,
 ) -> AttentionRows:
     with np.errstate(invalid="ignore", over="ignore"):
         highest = scores.max(axis=-1, keepdims=True, initial=MASKED)
         if sinks is not None:
             highest = np.maximum(highest, sinks[:, None, None])
-        scores -= highest
-        exponentials = np.exp(scores)
+        scores = _shifted(scores, highest)
+        exponentials = np.exp(scores, out=scratch[: scores.size].reshape(scores.shape))
         sums = exponentials @ np.ones(scores.shape[-1], np.float32)
     totals = sums
     if sinks is not None:
@@ -258,6 +264,14 @@ def _normalise(
     blind = banned.all(axis=1)
     sums[:, blind] = totals[:, blind] = np.nan
     return AttentionRows(scores, exponentials, sums, totals, query, key, heads)
+
+
+def _shifted(scores: Floats, highest: Floats) -> Floats:
+    """``scores -= highest``, by BLAS: numpy copies what it broadcasts, and takes three times as long."""
+    flat = scores.reshape(-1, scores.shape[-1])
+    ones = np.ones(flat.shape[1], np.float32)
+    shifted: Floats = sger(-1, ones, highest.reshape(-1), a=flat.T, overwrite_a=True).T
+    return shifted.reshape(scores.shape)
 
 
 def _require_complete(position: NDArray[Any], sample: int) -> None:

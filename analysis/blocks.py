@@ -25,7 +25,7 @@ from mechanistic.store.errors import DataError
 from .token_selection import token_axis
 
 MAX_BYTES = 64 << 20
-ROW_BLOCK = 128
+ROW_BLOCK = 64
 
 # kernel(layer, query, key, query_columns, key_columns) -> one row for each query row (or each sample)
 Columns = Mapping[str, NDArray[Any]]
