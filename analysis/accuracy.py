@@ -19,7 +19,7 @@ from .minimal_pairs import OPPOSITES, minimal_pairs, texts
 from .splits import row_labels, split_names
 
 UNITS = ("individual", "pair", "set")
-_OPTIONAL = ("group", "subject", "object", "image_name", "status", "sample_id")
+_OPTIONAL = ("group", "subject", "object", "relation", "image_name", "status", "sample_id")
 Units = Sequence[NDArray[np.int64]]
 
 

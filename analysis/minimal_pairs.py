@@ -41,15 +41,16 @@ def minimal_pairs(samples: xr.Dataset, opposites: Mapping[str, str] = OPPOSITES)
     """Find the complete pairs and sets.
 
     Candidates are the samples of one `group` that ask about the same subject and object. Two of them with
-    opposite answers are a pair; all of them are a set if each option that they offer is the answer of exactly
-    one. Where an answer is unknown or occurs twice, which sample belongs to which cannot be told, and several
-    questions about one image are not a minimal pair: these are in neither.
+    opposite answers, or with opposite relations where answers have no opposite, are a pair; all of them are a
+    set if each option that they offer is the answer of exactly one. Where an answer is unknown or occurs
+    twice, which sample belongs to which cannot be told, and several questions about one image are not a
+    minimal pair: these are in neither.
 
     Parameters
     ----------
     samples
-        Columns answer and options; group (without it there are no pairs), subject, object and image_name
-        where the run has them.
+        Columns answer and options; group (without it there are no pairs), subject, object, relation and
+        image_name where the run has them.
     """
     buckets: dict[tuple[str, ...], list[int]] = {}
     names = [name for name in ("group", "subject", "object") if name in samples.variables]
@@ -60,6 +61,12 @@ def minimal_pairs(samples: xr.Dataset, opposites: Mapping[str, str] = OPPOSITES)
         if key[0]:
             buckets.setdefault(key, []).append(row)
     answers = [_fold(answer) for answer in texts(samples["answer"])]
+    named = texts(samples["relation"]) if "relation" in samples.variables else answers
+    relations = [_fold(relation) for relation in named]
+    words = [
+        answer if answer in opposites or relation not in opposites else relation
+        for answer, relation in zip(answers, relations, strict=True)
+    ]
     options = texts(samples["options"])
     images = texts(samples["image_name"]) if "image_name" in samples.variables else None
     pairs, sets = [], []
@@ -68,10 +75,11 @@ def minimal_pairs(samples: xr.Dataset, opposites: Mapping[str, str] = OPPOSITES)
         one_image = images is not None and len(set(images[rows])) < len(rows)
         if len(by_answer) < len(rows) or "" in by_answer or one_image:
             continue
+        by_word = {words[row]: row for row in rows}
         turned = {
-            tuple(sorted((row, by_answer[opposites[answer]])))
-            for answer, row in by_answer.items()
-            if opposites.get(answer) in by_answer
+            tuple(sorted((row, by_word[opposites[word]])))
+            for word, row in by_word.items()
+            if opposites.get(word) in by_word and len(by_word) == len(rows)
         }
         pairs += [np.array(pair) for pair in sorted(turned)]
         offered = {_fold(option) for row in rows for option in options[row] if option}

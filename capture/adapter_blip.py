@@ -1,7 +1,8 @@
-"""BLIP as it captions: the decoder continues a text; each of its layers reads the image by cross-attention.
+"""BLIP as it captions, and as it matches a text with an image: each text layer reads the image.
 
-Its `generate` changes the prompt: the decoder's own first token takes the place of the tokenizer's, and the
-last token, which ends a text, is left out. What is captured is what the decoder then reads.
+As it captions, its `generate` changes the prompt: the decoder's own first token takes the place of the
+tokenizer's, and the last token, which ends a text, is left out. What is captured is what the decoder then
+reads. As it matches, a text encoder reads the text as it is.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from .patches import ImageLayout
 from .prompts import EncodedPrompts, Inputs, pad_left
 
 CAPTIONS = "BlipForConditionalGeneration"
+MATCHES = "BlipForImageTextRetrieval"
 
 
 def blip_layout(model: Any, processor: Any, width: int, height: int, images: int) -> ImageLayout:
-    """The encoder's class token and patches; among the decoder's tokens there is none of the image."""
-    if type(model).__name__ != CAPTIONS:
+    """The encoder's class token and patches; among the tokens of the text there is none of the image."""
+    if type(model).__name__ not in (CAPTIONS, MATCHES):
         raise ModelError(
-            f"{type(model).__name__}: of BLIP's models only {CAPTIONS} is captured.",
-            f"Load the captioning model, as {CAPTIONS}; of the others nothing has been shown.",
+            f"{type(model).__name__}: of BLIP's models only {CAPTIONS} and {MATCHES} are captured.",
+            "Load the model as one of these two; of the others nothing has been shown.",
         )
     return class_token_encoder(model, processor, width, height, images)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .adapter_blip import CAPTIONS, blip_answers, blip_prompts, blip_tables
+from .adapter_blip import CAPTIONS, MATCHES, blip_answers, blip_prompts, blip_tables
 from .adapter_mllama import mllama_tables
 from .adapter_qformer import blip2_tables, instructblip_tables
 from .labelled import Labelled, Tables
@@ -40,6 +40,8 @@ class Adapter:
         Makes of the processor's prompts what the decoder reads, where that is not the same.
     answers
         Writes the answers to those, in place of `generate_answers`.
+    compares
+        Whether it says how well a text fits an image, which then are the logits of options.
     """
 
     roots: Mapping[str, str] | None = None
@@ -52,6 +54,7 @@ class Adapter:
     marks: bool = True
     prompts: Callable[[Any, EncodedPrompts], EncodedPrompts] | None = None
     answers: Callable[[Any, Any, Inputs, int], list[list[int]]] | None = None
+    compares: bool = False
 
 
 _QFORMER = {"text": "language_model", "vision": "vision_model", "qformer": "qformer"}
@@ -67,6 +70,16 @@ ADAPTERS: Mapping[str, Adapter] = {
         prompts=blip_prompts,
         answers=blip_answers,
     ),
+    MATCHES: Adapter(
+        roots={"text": "text_encoder", "vision": "vision_model"},
+        images=(1, 1),
+        tables=blip_tables,
+        placeholders=False,
+        marks=False,
+        compares=True,
+    ),
+    "CLIPModel": Adapter(compares=True),
+    "SiglipModel": Adapter(compares=True),
     "blip-2": Adapter(roots=_QFORMER, images=(1, 1), tables=blip2_tables, computes="language_model"),
     "instructblip": Adapter(
         roots=_QFORMER, images=(1, 1), tables=instructblip_tables, computes="language_model"

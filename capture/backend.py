@@ -16,6 +16,7 @@ from .forward import capture_forward
 from .proof import Proof, prove
 from .readout import build_readout
 from .room import Room
+from .similarity import option_similarities
 from .sites import ResolvedSite, attended
 from .token_table import TokenTexts
 
@@ -30,12 +31,13 @@ class Captured:
     """A batch and what was kept of it.
 
     `arrays` by group and name, (layer, row, ...); `logits` at each sample's last prompt token, (sample,
-    vocabulary), None for a model without any.
+    vocabulary), None for a model without any; `similarities` is what `option_similarities` returns.
     """
 
     batch: Batch
     arrays: Arrays
     logits: NDArray[np.float32] | None
+    similarities: list[list[float]] | None = None
 
 
 class Backend(Protocol):
@@ -117,7 +119,7 @@ class Transformers:
         """See `Backend`."""
         batch = self.prepare(samples, max_new_tokens=max_new_tokens, texts=texts)
         arrays, logits = capture_forward(self.loaded, batch, sites, proof.halves, proof.rules, self._room)
-        return Captured(batch, arrays, logits)
+        return Captured(batch, arrays, logits, option_similarities(self.loaded, batch))
 
     def readout(self, words: Mapping[int, str]) -> tuple[xr.Dataset, dict[str, Any]] | None:
         """See `Backend`."""

@@ -14,16 +14,14 @@ import numpy as np
 from mechanistic.store import RunWriter
 from mechanistic.store.errors import MechanisticError, SpecificationError
 from mechanistic.store.root import open_root
-from mechanistic.store.schema import CORRECT
 
 from .adapters import adapter_of
-from .answers import option_logits, option_tokens, score
 from .backend import Captured, backend_of
 from .batch import Batch
 from .batch_attempts import attempt
 from .batch_plan import batches, committable, windows
 from .batch_rows import place_rows, split_rows
-from .dataset import Dataset, Sample
+from .dataset import Dataset
 from .failures import SampleError, failed_rows
 from .forward import site_rows
 from .interruption import Interruption
@@ -38,6 +36,7 @@ from .proof import Proof
 from .read_ahead import ReadAhead
 from .readout import with_heads
 from .run_description import CaptureSettings, run_attributes, run_groups
+from .sample_answers import sample_answers
 from .sites import resolve_sites
 from .survey import answer_words, survey
 from .tables import Rows, image_rows, sample_rows
@@ -259,38 +258,23 @@ class Job:
 
     def rows(self, captured: Captured) -> Rows:
         """Everything that a batch adds to the run, its pointers counted from the batch's own rows."""
-        batch, arrays, logits = captured.batch, captured.arrays, captured.logits
-        tokenizer = self.loaded.tokenizer
-        # A model that reads images alone has no tokenizer; its prompts are empty.
-        predictions = [
-            tokenizer.decode(answer, skip_special_tokens=True).strip() if answer else ""
-            for answer in batch.answers
-        ]
-        options = [
-            option_tokens(tokenizer, prompt.text, sample.options if prompt.text else ())
-            for prompt, sample in zip(batch.prompts, batch.samples, strict=True)
-        ]
+        batch, settings = captured.batch, self.settings
+        tokenizer, written = self.loaded.tokenizer, settings.max_new_tokens > 0
+        answers = sample_answers(captured, tokenizer, options=self.survey.options, written=written)
         rows: Rows = {
-            "samples": sample_rows(
-                batch,
-                self.survey,
-                predictions=predictions,
-                correct=self._correct(predictions, batch.samples),
-                logits=option_logits(logits, options, self.survey.options),
-                notes=[each.note for each in options],
-            ),
+            "samples": sample_rows(batch, self.survey, **vars(answers)),
             "tokens/text": joined(batch.decoder),
         }
         if self.survey.has_images:
             rows["tokens/vision"] = joined(batch.encoder)
             if "qformer" in batch.further:
                 rows["tokens/qformer"] = joined(batch.further["qformer"])
-            rows |= image_rows(batch, 0, stored=self.settings.images)
+            rows |= image_rows(batch, 0, stored=settings.images)
         for site in self.sites:
             rows[site.label_group] = site_rows(site, batch)
             if site.key_group is not None:
                 rows[site.key_group] = joined(batch.table("xk"))
-        for group, values in arrays.items():
+        for group, values in captured.arrays.items():
             rows[group] = {**values, **rows.get(group, {})}
         return rows
 
@@ -298,11 +282,6 @@ class Job:
         samples = [self.dataset[number] for number in numbers]
         limit = self.settings.max_new_tokens
         return self.backend.prepare(samples, max_new_tokens=limit, generate=generate, texts=self.texts)
-
-    def _correct(self, predictions: Sequence[str], samples: Sequence[Sample]) -> list[int]:
-        if not self.settings.max_new_tokens:
-            return [CORRECT["unscored"]] * len(predictions)
-        return [score(said, sample) for said, sample in zip(predictions, samples, strict=True)]
 
     def put_readout(self, writer: RunWriter) -> None:
         """Write what the logit lens needs, where the model has it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 # What was done about a problem of each kind, in the order in which a report lists them.
 KINDS = {
     "no question": "left out: there is nothing to ask",
+    "no captions": "left out: there is nothing to compare",
     "files": "kept as it is",
     "image": "kept; it fails when its image is opened",
     "id": "kept under its row number",

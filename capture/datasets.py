@@ -43,7 +43,7 @@ def open_dataset(
         Of what is drawn, and of the order of options.
     options
         What this kind of dataset takes beside: distractor and split (shapes), shuffle and text_only (files),
-        split and task (VSR), split, columns and answer_is (tables).
+        task (What'sUp), split and task (VSR), split, columns and answer_is (tables).
 
     Raises
     ------

@@ -49,6 +49,7 @@ REGISTRY: Mapping[str, ModelEntry] = {
     "idefics3": ModelEntry("HuggingFaceM4/Idefics3-8B-Llama3"),
     "mllama": ModelEntry("meta-llama/Llama-3.2-11B-Vision-Instruct"),
     "blip": ModelEntry("Salesforce/blip-image-captioning-large"),
+    "blip-itm": ModelEntry("Salesforce/blip-itm-base-coco"),
     "blip2": ModelEntry("Salesforce/blip2-opt-2.7b"),
     "instructblip": ModelEntry("Salesforce/instructblip-vicuna-7b"),
     "clip": ModelEntry("openai/clip-vit-large-patch14-336"),

@@ -126,7 +126,7 @@ def prove(loaded: LoadedModel, batch: Batch, attention: Collection[str]) -> Proo
 def outcome(model: Any, batch: Batch) -> np.ndarray[Any, Any]:
     """What a forward comes to: the logits; of models without any, similarities or the last hidden state."""
     output, _ = run_forward(model, batch)
-    names = ("logits", "logits_per_image", "last_hidden_state")
+    names = ("logits", "logits_per_image", "itm_score", "last_hidden_state")
     found: Tensor | None = next((output[name] for name in names if output.get(name) is not None), None)
     if found is None:
         raise ModelError(

@@ -10,7 +10,11 @@ def add_question_options(group: argparse._ArgumentGroup) -> None:
     """What says how the questions of a dataset are read."""
     group.add_argument("--text-only", action="store_true", help="ask the questions without images")
     group.add_argument("--split", metavar="NAME", help="of a dataset that has several, such as test")
-    group.add_argument("--task", metavar="NAME", help="of VSR: how its statements are asked")
+    group.add_argument(
+        "--task",
+        metavar="NAME",
+        help="of VSR, how its statements are asked: statement, question; of What'sUp: question, caption",
+    )
     group.add_argument(
         "--columns",
         nargs="+",

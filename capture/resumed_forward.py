@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechanistic.store.errors import CaptureError, SpecificationError
+from mechanistic.store.errors import CaptureError, ModelError, SpecificationError
 
 from .answers import pad_id, to_device
 from .forward import takes
@@ -158,7 +158,10 @@ def check_error(error: float, dtype: str, what: str) -> None:
 
 
 def plain_logits(loaded: LoadedModel, inputs: Inputs, last: Tensor) -> Tensor:
-    """Logits (sample, word), float32, of the model's own forward at the last prompt tokens."""
+    """Logits (sample, word), float32, of the model's own forward at the last prompt tokens.
+
+    ModelError for a model that gives none of words.
+    """
     model = loaded.model
     arguments: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     last = last.to(model.device)
@@ -167,7 +170,12 @@ def plain_logits(loaded: LoadedModel, inputs: Inputs, last: Tensor) -> Tensor:
     if keep:
         # Logits of the whole vocabulary for every token would be the largest tensor by far.
         arguments["logits_to_keep"] = wanted
-    logits: Tensor = model(**inputs, **arguments).logits
+    logits: Tensor | None = getattr(model(**inputs, **arguments), "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"{type(model).__name__} gives no logits of words, so there is no answer to measure.",
+            "Choose a model that writes text; gradcam explains how well a text and an image fit.",
+        )
     rows = torch.arange(len(last), device=logits.device)
     return logits[rows, (place if keep else last).to(logits.device)].float()
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mechanistic.store.errors import CaptureError, ModelError, UsageError
+from mechanistic.store.errors import ModelError, UsageError
 
 from .answer_target import AnswerTarget, Target, answer_target
 from .answers import to_device
@@ -23,6 +23,7 @@ from .dataset import Sample
 from .forward import takes
 from .models import LoadedModel
 from .prompts import Inputs
+from .similarity import similarity
 from .token_table import Columns, TokenTexts
 
 
@@ -141,7 +142,7 @@ def _target(
 
 
 def _logits(model: Any, inputs: Mapping[str, Tensor], last: int) -> Tensor:
-    """(copy, word) of the last prompt token; (copy, class) of a classifier; (copy, 1) of two towers."""
+    """(copy, word) of the last prompt token; (copy, class) of a classifier; (copy, 1) of what compares."""
     arguments: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     keep = "input_ids" in inputs and takes(model, "logits_to_keep")
     if keep:
@@ -151,18 +152,13 @@ def _logits(model: Any, inputs: Mapping[str, Tensor], last: int) -> Tensor:
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is not None:
         return logits if logits.ndim == 2 else logits[:, 0 if keep else last]
-    similarity: Tensor | None = getattr(output, "logits_per_image", None)
-    if similarity is None:
+    alike = similarity(output)
+    if alike is None:
         raise ModelError(
             f"{type(model).__name__} gives no logits, so there is nothing to explain.",
             "Load it with a head, such as AutoModelForImageClassification, and pass the processor.",
         )
-    if similarity.shape[0] != similarity.shape[1]:
-        raise CaptureError(
-            f"The sample has {similarity.shape[0]} images for {similarity.shape[1]} text.",
-            "Give one image a sample.",
-        )
-    return similarity.diagonal()[:, None]
+    return alike[:, None]
 
 
 @contextmanager

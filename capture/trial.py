@@ -207,7 +207,7 @@ def prepare_trial(
     DataError             a sample has no answer, or nothing to compare it with, or an answer has no token of
                           its own.
     UsageError            the model is in training mode.
-    ModelError            it computes in another dtype than float32, float16 and bfloat16.
+    ModelError            it computes in another dtype than float32, float16 and bfloat16, or gives no logits.
     """
     if metric not in get_args(Metric):
         raise SpecificationError(

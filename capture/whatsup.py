@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from .whatsup_annotations import SOURCES, Annotation, Source, read_annotations, 
 WHERE_FROM = (
     "questions: prompts/ of github.com/shiqichen17/AdaptVis; the rest: github.com/amitakamath/whatsup_vlms"
 )
+
+TASKS = ("question", "caption")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def open_whatsup(
     seed: int = 0,
     shuffle: bool = True,
     text_only: bool = False,
+    task: str = "question",
 ) -> SampleList:
     """Open one of the six sets.
 
@@ -70,11 +73,21 @@ def open_whatsup(
         False keeps the published order.
     text_only
         Ask the questions without images, for a language-prior baseline; needs the question file alone.
+    task
+        "question", or "caption" for models that compare a text with an image: options are the published
+        captions, and the right one of them stands in the place of the question. Relation, group and all
+        columns are the same; a row without several captions is left out.
 
     Raises
     ------
-    DatasetError    files are missing, damaged or not each other's, or there are fewer rows than asked for.
+    DatasetError    files are missing, damaged or not each other's, there are fewer rows than asked for, or
+                    no such task, or captions without their images.
     """
+    if task not in TASKS or (task == "caption" and text_only):
+        raise DatasetError(
+            f"{name} has no task {task!r}{' without images' if text_only else ''}.",
+            f"The tasks are {' and '.join(TASKS)}; a caption is compared with its image.",
+        )
     source = SOURCES[name]
     files = _find(source, data_root, text_only)
     questions = read_json_lines(files.questions)
@@ -86,7 +99,7 @@ def open_whatsup(
         )
     reader = _Reader(source, files, _usual_options(questions), seed, shuffle)
     made = [
-        (row, reader.sample(row, question, annotations[row] if annotations else None))
+        (row, reader.sample(row, question, annotations[row] if annotations else None, task))
         for row, question in enumerate(questions)
     ]
     _check_together(files, reader.problems, len(questions))
@@ -99,7 +112,8 @@ def open_whatsup(
         mark_problems(list(kept.values()), list(kept), problems),
         problems=problems,
         files=[path for path in (files.questions, files.annotations) if path is not None],
-        settings={"seed": seed, "shuffle": shuffle, "text_only": text_only},
+        settings={"seed": seed, "shuffle": shuffle, "text_only": text_only}
+        | ({"task": task} if task != "question" else {}),
     )
 
 
@@ -112,7 +126,24 @@ class _Reader:
         self.source, self.files, self.usual, self.seed, self.shuffle = source, files, usual, seed, shuffle
         self.problems: list[Problem] = []
 
-    def sample(self, row: int, question: dict[str, Any], annotation: Annotation | None) -> Sample | None:
+    def sample(
+        self, row: int, question: dict[str, Any], annotation: Annotation | None, task: str
+    ) -> Sample | None:
+        asked = self._asked(row, question, annotation)
+        if asked is None or annotation is None or task == "question":
+            return asked
+        captions = tuple(dict.fromkeys(each for each in (annotation.caption, *annotation.others) if each))
+        if not annotation.caption or len(captions) < 2:
+            self._note(
+                row, "no captions", f"the annotation has no captions to choose from: {listed(captions)}"
+            )
+            return None
+        if self.shuffle:
+            captions = shuffled(captions, seed=self.seed, key=asked.group or str(row))
+        right = annotation.caption
+        return replace(asked, question=right, options=captions, answer=right)
+
+    def _asked(self, row: int, question: dict[str, Any], annotation: Annotation | None) -> Sample | None:
         published = question.get("question")
         if not isinstance(published, str) or not published.strip():
             self._note(row, "no question", "there is no question")

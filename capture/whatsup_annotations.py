@@ -77,7 +77,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Annotation:
-    """One row: the image's file name, the right caption, and what a controlled image's file name says.
+    """One row: the image's file name, its right caption and others, and what a controlled image's name says.
 
     All are "" for a row that is not in the published form; names and relation are "" for photos, whose
     captions are read against the question.
@@ -88,6 +88,7 @@ class Annotation:
     subject: str = ""
     object: str = ""
     relation: str = ""
+    others: tuple[str, ...] = ()
 
 
 def read_annotations(source: Source, path: Path) -> list[Annotation]:
@@ -128,22 +129,24 @@ def _parse_controlled(entry: Any, source: Source) -> Annotation:
     if not isinstance(path, str) or not path:
         return Annotation()
     captions = entry.get("caption_options")
-    caption = str(captions[0]) if isinstance(captions, list) and captions else ""
-    image = PurePosixPath(path)
+    caption, *rest = map(str, captions) if isinstance(captions, list) and captions else [""]
+    image, others = PurePosixPath(path), tuple(rest)
     first, *middle, last = image.stem.split("_")
     if not middle:
-        return Annotation(image.name, caption)
+        return Annotation(image.name, caption, others=others)
     relation = _FILE_RELATIONS.get("_".join(middle), "")
-    return Annotation(image.name, caption, first.replace("-", " "), last.replace("-", " "), relation)
+    names = (first.replace("-", " "), last.replace("-", " "))
+    return Annotation(image.name, caption, *names, relation, others)
 
 
 def _parse_photo(entry: Any, source: Source) -> Annotation:
     if not isinstance(entry, list) or len(entry) < 2 or isinstance(entry[0], bool):
         return Annotation()
-    number, caption = entry[0], str(entry[1])
+    number, caption, others = entry[0], str(entry[1]), tuple(map(str, entry[2:]))
     if not str(number).isdigit():
-        return Annotation(caption=caption)
-    return Annotation(f"{int(number):012d}.jpg" if source.images == "val2017" else f"{number}.jpg", caption)
+        return Annotation(caption=caption, others=others)
+    image = f"{int(number):012d}.jpg" if source.images == "val2017" else f"{number}.jpg"
+    return Annotation(image, caption, others=others)
 
 
 def _caption_relations(caption: str, parsed: ParsedQuestion) -> set[str]:

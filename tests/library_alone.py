@@ -48,8 +48,11 @@ def alone(family: Family, loaded: LoadedModel, prompt: str, sample: Sample) -> S
     seen = Seen()
     with torch.no_grad(), watching(family, loaded.model, seen):
         if not loaded.model.can_generate():
-            out = loaded.model(**inputs, output_hidden_states=True)
-            seen.states = [out.get("text_model_output", out).get("hidden_states")]
+            told: list[Any] = []
+            inner = loaded.model.get_submodule(family.states)
+            with inner.register_forward_hook(lambda _, args, out: told.append(out)):
+                loaded.model(**inputs, output_hidden_states=True)
+            seen.states = [told[0].get("text_model_output", told[0]).get("hidden_states")]
             return seen
         out = loaded.model.generate(
             **inputs,

@@ -78,7 +78,7 @@ def test_open_dataset__a_question_file_alone_belongs_to_a_named_dataset(tmp_path
 def test_open_dataset__refuses_options_that_it_would_ignore(tmp_path: Path) -> None:
     write_coco(tmp_path)
     with pytest.raises(
-        DatasetError, match=r"COCO_QA_two_obj has no option 'split'\.\n  It has shuffle, text_only\."
+        DatasetError, match=r"COCO_QA_two_obj has no option 'split'\.\n  It has shuffle, text_only, task\."
     ):
         open_dataset("COCO_QA_two_obj", data_root=tmp_path, split="test")
     with pytest.raises(

@@ -25,7 +25,7 @@ from mechanistic.store.errors import CaptureError, ModelError, SpecificationErro
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 SEES = [name for name, family in ZOO.items() if family.sees and name not in ("vit", "dinov2")]
-WRITES = [name for name in ZOO if name not in ("vit", "dinov2", "clip", "siglip", "bert")]
+WRITES = [name for name in ZOO if name not in ("vit", "dinov2", "clip", "siglip", "blip_matching", "bert")]
 
 
 @pytest.fixture(scope="module")

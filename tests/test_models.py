@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import llava
 from zoo import ZOO, samples
+from zoo_refused import REFUSED
 
 from mechanistic.capture.batch import prepare_batch
 from mechanistic.capture.models import (
@@ -148,7 +149,19 @@ def test_load_model__engine_options_are_for_vllm() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen2_vl", "llava_onevision", "internvl", "smolvlm", "gemma2", "paligemma", "qwen3_vl", "vit", "clip"],
+    [
+        "qwen2_vl",
+        "llava_onevision",
+        "internvl",
+        "smolvlm",
+        "gemma2",
+        "paligemma",
+        "qwen3_vl",
+        "blip",
+        "blip_matching",
+        "vit",
+        "clip",
+    ],
 )
 def test_load_model__takes_every_family_back_from_a_folder(name: str, tmp_path: Path) -> None:
     loaded = ZOO[name].build()
@@ -166,6 +179,13 @@ def test_load_model__takes_every_family_back_from_a_folder(name: str, tmp_path: 
         assert batches[0].inputs.keys() == batches[1].inputs.keys()
         for key, value in batches[0].inputs.items():
             torch.testing.assert_close(batches[1].inputs[key], value, rtol=0, atol=0)
+
+
+def test_load_model__a_blip_that_answers_is_not_taken_for_one_that_captions(tmp_path: Path) -> None:
+    REFUSED["blip_that_answers"][0]().save_pretrained(tmp_path)
+    ZOO["blip"].build().processor.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="BlipForQuestionAnswering: could not establish"):
+        _ = load_model(str(tmp_path)).anatomy
 
 
 def test_loaded_model__without_files_is_identified_by_its_parameters() -> None:

@@ -161,6 +161,9 @@ def test_prepare_trial__refuses_what_cannot_be_measured() -> None:
         prepare_trial(model, [replace(data[0], options=("left", "giraffe"))])
     with pytest.raises(ModelError, match="computes in float64"):
         prepare_trial(llava(dtype=torch.float64), data)
+    for name in ("clip", "blip_matching"):
+        with pytest.raises(ModelError, match=r"gives no logits of words.*\n.*gradcam"):
+            prepare_trial(ZOO[name].build(), zoo_samples(ZOO[name])[:1])
     model.model.train()
     with pytest.raises(UsageError, match="training mode"):
         prepare_trial(model, data)

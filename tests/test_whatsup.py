@@ -95,6 +95,45 @@ def test_whatsup__roles_are_found_in_the_question(tmp_path: Path) -> None:
     assert sorted(sample.question[slice(*span)] for span in spans["option"]) == sorted(sample.options)
 
 
+def test_whatsup__captions_are_chosen_between_by_models_that_compare(tmp_path: Path) -> None:
+    write_controlled(tmp_path)
+    plain = open_whatsup("Controlled_Images_A", tmp_path)
+    dataset = open_whatsup("Controlled_Images_A", tmp_path, task="caption")
+    assert dataset.fingerprint() != plain.fingerprint()
+    for sample, question in zip(dataset, plain, strict=True):
+        assert sample.question == sample.answer == sample.extra["caption"]
+        assert len(sample.options) == 4
+        same = ("sample_id", "images", "relation", "subject", "object", "group", "extra")
+        assert all(getattr(sample, name) == getattr(question, name) for name in same)
+    for group in {sample.group for sample in dataset}:
+        members = [sample for sample in dataset if sample.group == group]
+        # Of the four images each has another right caption of the same four, in one order.
+        assert sorted(sample.answer_index for sample in members) == [0, 1, 2, 3]
+    published = json.loads((tmp_path / "data/controlled_images_dataset.json").read_text())
+    ordered = open_whatsup("Controlled_Images_A", tmp_path, task="caption", shuffle=False)
+    assert [list(sample.options) for sample in ordered] == [row["caption_options"] for row in published]
+
+
+def test_whatsup__a_row_without_captions_to_choose_from_is_left_out(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    annotations = json.loads((tmp_path / "coco_qa_two_obj.json").read_text())
+    assert [len(sample.options) for sample in open_whatsup("COCO_QA_two_obj", tmp_path, task="caption")] == [
+        2
+    ] * 6
+    annotations[0] = annotations[0][:2]
+    annotations[3][1] = ""
+    (tmp_path / "coco_qa_two_obj.json").write_text(json.dumps(annotations))
+    dataset = open_whatsup("COCO_QA_two_obj", tmp_path, task="caption")
+    assert kinds(dataset.problems, "no captions") == [0, 3]
+    assert [sample.extra["row"] for sample in dataset] == [1, 2, 4, 5]
+
+
+def test_whatsup__captions_need_their_images(tmp_path: Path) -> None:
+    for options in ({"task": "statement"}, {"task": "caption", "text_only": True}):
+        with pytest.raises(DatasetError, match=r"has no task .*\n.*question and caption"):
+            open_whatsup("COCO_QA_two_obj", write_coco(tmp_path), **options)  # type: ignore[arg-type]
+
+
 def test_coco__reports_dirty_rows_and_keeps_them(tmp_path: Path) -> None:
     dataset = open_whatsup("COCO_QA_two_obj", write_coco(tmp_path))
     assert len(dataset) == 6

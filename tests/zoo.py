@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import picture
 from zoo_encoders import bert, gemma2, gpt2, gpt_oss, sees_only, text_only, two_towers_clip, two_towers_siglip
 from zoo_parts import HUB, TEXT
-from zoo_queried import blip, mllama, queried
+from zoo_queried import blip, blip_matching, mllama, queried
 from zoo_vision_language import gemma3, gemma3_cropping, idefics3, internvl, llava, onevision, paligemma, qwen
 
 from mechanistic.capture.dataset import Sample
@@ -30,7 +30,7 @@ class Family:
     there is no such thing. `cross` names the layers of a stack that attend to another's tokens, `own` those
     that attend to their own, if not all do. `most` is how many images a sample has at most. The image tokens
     of a `placeless` family have no place in the image. `unread` is how many tokens at the end of a prompt
-    `generate` leaves out.
+    `generate` leaves out. `states` is the module that tells the hidden states of its text, if not the model.
     """
 
     build: Callable[[], LoadedModel]
@@ -44,6 +44,7 @@ class Family:
     most: int = 2
     placeless: bool = False
     unread: int = 0
+    states: str = ""
 
     def halves_of(self, stack: str, layer: int | None = None) -> tuple[str, str, str] | None:
         """Those of `halves`, or the commonest."""
@@ -82,16 +83,16 @@ def samples(family: Family, count: int = 4) -> tuple[Sample, ...]:
     )
 
 
-def _queried(name: str, masks: Mapping[str, Sequence[str]]) -> Family:
+def _queried(name: str, decoder: str, mlp: str) -> Family:
     return Family(
         lambda: queried(name),
         {
-            "text": "language_model.model.decoder.layers",
+            "text": f"language_model.model.{decoder}",
             "vision": "vision_model.encoder.layers",
             "qformer": "qformer.encoder.layer",
         },
-        {**masks, "vision": ["per_image"]},
-        halves={"text": ("self_attn", "fc2", ""), "qformer": None},
+        {"text": ["causal"], "qformer": ["bidirectional"], "vision": ["per_image"]},
+        halves={"text": ("self_attn", mlp, ""), "qformer": None},
         cross={"qformer": (0, 2)},
         most=1,
         placeless=True,
@@ -182,8 +183,17 @@ ZOO: dict[str, Family] = {
         most=1,
         unread=1,
     ),
-    "blip2": _queried("Blip2", {"text": ["causal"], "qformer": ["bidirectional"]}),
-    "instructblip": _queried("InstructBlip", {"text": ["causal"], "qformer": ["bidirectional"]}),
+    "blip_matching": Family(
+        blip_matching,
+        {"text": "text_encoder.encoder.layer", "vision": "vision_model.encoder.layers"},
+        {"text": ["bidirectional"], "vision": ["per_image"]},
+        halves={"text": None},
+        cross={"text": (0, 1)},
+        most=1,
+        states="text_encoder",
+    ),
+    "blip2": _queried("Blip2", "decoder.layers", "fc2"),
+    "instructblip": _queried("InstructBlip", "layers", "mlp"),
     "mllama": Family(
         mllama,
         {

@@ -14,21 +14,24 @@ QUERIES = 4
 
 
 def queried(name: str) -> LoadedModel:
-    """BLIP-2 or InstructBLIP, before an OPT."""
+    """BLIP-2 before an OPT, or InstructBLIP before a Llama."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     words, images = tokenizer(), BlipImageProcessorPil(size=SQUARE, **HALF)
-    own = {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 99}
+    opt = {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 99}
+    instructed = "Instruct" in name
     former = {**PLAIN, "num_hidden_layers": 3, "cross_attention_frequency": 2, "encoder_hidden_size": 16}
     config = getattr(HUB, f"{name}Config")(
         vision_config=TOWER,
         qformer_config={**former, "hidden_size": 24, "num_attention_heads": 2},
-        text_config={**PLAIN, **own, "tie_word_embeddings": False},
+        text_config={**TEXT, "model_type": "llama"}
+        if instructed
+        else {**PLAIN, **opt, "tie_word_embeddings": False},
         num_query_tokens=QUERIES,
         image_token_index=VOCABULARY["<image>"],
     )
     parts: list[Any] = [images, words]
-    if "Instruct" in name:
+    if instructed:
         parts.append(tokenizer(eos=True))
     processor = getattr(HUB, f"{name}Processor")(*parts, num_query_tokens=QUERIES)
     return grown(getattr(HUB, f"{name}ForConditionalGeneration")(config), processor, name)
@@ -46,11 +49,20 @@ BLIP_WORDS = {
 
 def blip() -> LoadedModel:
     """BLIP as it captions; its decoder begins with another token than its tokenizer writes."""
+    return _blip("BlipForConditionalGeneration")
+
+
+def blip_matching() -> LoadedModel:
+    """BLIP as it says whether a text is about an image."""
+    return _blip("BlipForImageTextRetrieval")
+
+
+def _blip(name: str) -> LoadedModel:
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     config = HUB.BlipConfig(text_config={**PLAIN, **BLIP_WORDS}, vision_config=TOWER)
     processor = HUB.BlipProcessor(BlipImageProcessorPil(size=SQUARE, **HALF), tokenizer(eos=True))
-    return grown(HUB.BlipForConditionalGeneration(config), processor, "blip")
+    return grown(getattr(HUB, name)(config), processor, name)
 
 
 def mllama() -> LoadedModel:
