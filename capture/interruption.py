@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -41,3 +43,6 @@ class Interruption:
         if self.received is not None:
             self.check()
         self.received = number
+        if sys.stderr.isatty():
+            # Not through the stream, whose lock the code that was interrupted may hold.
+            os.write(2, b"\nstopping after the forward in hand; once more stops without it\n")

@@ -28,7 +28,10 @@ from .specification import parse_sites
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    """What a job did: `captured` of the run's `samples` in this call; `failed` of them have no tokens."""
+    """What a job did: `captured` of the run's `samples` in this call; `failed` of them have no tokens.
+
+    `retried` is how many that had failed were tried again in this call.
+    """
 
     path: Path
     samples: int
@@ -36,6 +39,7 @@ class CaptureSummary:
     seconds: float
     stored_bytes: int
     failed: int = 0
+    retried: int = 0
 
     def message(self) -> str:
         """What to tell the person who started it."""
@@ -43,9 +47,12 @@ class CaptureSummary:
         failed = ""
         if self.failed:
             failed = f"; {self.failed} failed, which --retry-failed tries again"
-        if not self.captured:
+        if self.retried:
+            good = self.retried - self.failed
+            failed = f"; {good} of the {self.retried} that had failed are made good"
+        if not self.captured and not self.retried:
             return f"{held}; already finished, nothing to do{failed}"
-        before = self.samples - self.captured
+        before = 0 if self.retried else self.samples - self.captured
         continued = f", continued after {before}" if before else ""
         return f"{held}; captured {self.captured} in {human_seconds(self.seconds)}{continued}{failed}"
 
@@ -122,7 +129,7 @@ def capture_run(
                 names = [each.sample_id for each in failed]
                 with job.open() as writer, _progress(writer, len(names), 0, quiet, log_json) as progress:
                     job.retry(writer, names, progress, interruption)
-    return _summary(held, read_manifest(held).samples - (before or 0), begun)
+    return _summary(held, read_manifest(held).samples - (before or 0), begun, retried=len(failed))
 
 
 @contextmanager
@@ -142,7 +149,12 @@ def _capture(job: Job, interruption: Interruption, *, fail_fast: bool, quiet: bo
     with job.open() as writer:
         before = writer.samples
         with _progress(writer, writer.manifest.expected, before, quiet, log_json) as progress:
-            job.run(writer, progress, interruption, fail_fast=fail_fast)
+            try:
+                job.run(writer, progress, interruption, fail_fast=fail_fast)
+            except (KeyboardInterrupt, SystemExit):
+                held = f"{writer.manifest.samples} of {writer.manifest.expected} samples are committed"
+                progress.say(f"{job.path}: {held}; the same command continues after them")
+                raise
     return before
 
 
@@ -163,11 +175,11 @@ def known(model: str | LoadedModel, loading: Mapping[str, Any]) -> dict[str, str
     return {**told, "dtype": loading["dtype"]} if loading.get("dtype") else told
 
 
-def _summary(path: Path, captured: int, begun: float) -> CaptureSummary:
+def _summary(path: Path, captured: int, begun: float, *, retried: int = 0) -> CaptureSummary:
     manifest = read_manifest(path)
     failed = len(failed_samples(path))
     seconds = time.monotonic() - begun
-    return CaptureSummary(path, manifest.samples, captured, seconds, manifest.stored_bytes, failed)
+    return CaptureSummary(path, manifest.samples, captured, seconds, manifest.stored_bytes, failed, retried)
 
 
 def price_run(

@@ -185,7 +185,8 @@ def test_capture__exits_3_with_failed_samples_until_they_are_made_good(
     assert "1 failed, which --retry-failed tries again" in said.out
     assert "there is no question" in said.err
     assert "failed: Sample" in said.err
-    assert main([*ask, "--quiet"]) == 3
+    assert main([*ask, "--quiet", "--retry-failed"]) == 3
+    assert "0 of the 1 that had failed are made good" in capsys.readouterr().out
     open_image(Shapes(4)[1].images[0]).save(tmp_path / "1.png")
     assert main([*ask, "--retry-failed"]) == 0
     assert open_run(tmp_path / "run")["samples"]["status"].values.tolist() == [0, 1, 0, 0, 0]

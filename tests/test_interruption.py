@@ -70,9 +70,10 @@ def test_capture__signals_commit_and_leave_within_seconds(
     while process.poll() is None and not read_manifest(path).samples:
         time.sleep(0.02)
     process.send_signal(number)
-    process.communicate(timeout=SECONDS_TO_LEAVE)
+    _, progress = process.communicate(timeout=SECONDS_TO_LEAVE)
     assert process.returncode == code
     held = read_manifest(path)
+    assert f"{held.samples} of 300 samples are committed; the same command continues" in progress
     # Whole batches, also of the window in hand.
     assert 0 < held.samples < 300
     assert held.samples % 4 == 0
