@@ -92,7 +92,9 @@ class CaptureContract:
                 assert data.layer.values.tolist() == list(expected)
                 counts = np.bincount(data.sample_index.values, minlength=len(captured.seen))
                 assert data.position.values.tolist() == [at for count in counts for at in range(count)]
-                assert stack != "text" or len(set(counts.tolist())) > 1
+                # SigLIP pads every text to one length, and reads the padding.
+                uneven = stack == "text" and "padding" not in captured.family.text
+                assert not uneven or len(set(counts.tolist())) > 1
                 for dim in DIMS[name][:-1]:
                     assert data[dim].values.tolist() == list(range(data.sizes[dim]))
 
