@@ -251,7 +251,7 @@ def _load(name: str, source: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     try:
         config = library.AutoConfig.from_pretrained(source, **hub)
         loader = loader_of(config)
-        model = loader.from_pretrained(source, **settings)
+        model, loading = loader.from_pretrained(source, output_loading_info=True, **settings)
         processor = load_processor(source, config, **hub)
     # The library and its file formats report a missing, truncated or foreign file in many ways.
     except Exception as cause:
@@ -260,6 +260,14 @@ def _load(name: str, source: str, settings: dict[str, Any]) -> tuple[Any, Any]:
             f"The model '{name}' could not be loaded: {reason}",
             f"Check the folder or the connection, or choose a known name: {', '.join(REGISTRY)}.",
         ) from cause
+    # The library makes up what the files lack. Behind all layers nothing reads what a pooler makes of them.
+    lacking = sorted(key for key in loading["missing_keys"] if "pooler" not in key.split("."))
+    if lacking:
+        raise ModelError(
+            f"The files of '{name}' lack {len(lacking)} weights of {type(model).__name__}, "
+            f"such as {lacking[0]}; they would be random.",
+            "Copy the whole folder again; or its config.json names another architecture than was saved.",
+        )
     return model, processor
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import llava
 from zoo import ZOO, samples
 from zoo_refused import REFUSED
@@ -97,6 +98,28 @@ def test_load_model__damaged_files_are_two_lines(folder: Path, damage: str) -> N
     with pytest.raises(ModelError, match="could not be loaded") as caught:
         load_model(str(folder))
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_load_model__weights_that_are_not_there_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    lost = sorted(name for name in weights if "layers.1." in name)[0]
+    save_file(
+        {name: values for name, values in weights.items() if name != lost}, folder / "model.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"lack 1 weights of Llava\w+, such as .*layers\.1\.") as error:
+        load_model(str(folder))
+    assert lost.split("layers.1.")[1] in str(error.value)
+
+
+def test_load_model__a_pooler_that_nothing_reads_may_be_absent(tmp_path: Path) -> None:
+    loaded = ZOO["vit"].build()
+    loaded.processor.save_pretrained(tmp_path)
+    weights = {name: v for name, v in loaded.model.state_dict().items() if "pooler" not in name}
+    assert len(weights) < len(loaded.model.state_dict())
+    loaded.model.save_pretrained(tmp_path, state_dict=weights)
+    kept = load_model(str(tmp_path)).model.state_dict()
+    for name, values in weights.items():
+        torch.testing.assert_close(kept[name], values, rtol=0, atol=0)
 
 
 def test_hash_weights__of_several_files_covers_their_names(tmp_path: Path) -> None:
