@@ -14,6 +14,7 @@ from mechanistic.store.errors import DataError
 
 from .readout import Readout
 from .representation_rows import layer_numbers, representation_rows, require_finite, sample_numbers
+from .single_precision import to_single
 from .splits import row_labels
 
 Floats = NDArray[np.float32]
@@ -155,6 +156,7 @@ def _lens_kernel(
     readout: Readout,
 ) -> Floats:
     """(layer, row, 2 options + 3): logits, probabilities, right probability, gap, correct."""
+    residual = to_single(residual)
     require_finite(residual, layer, sample)
     words = readout.logits(residual)
     place = np.broadcast_to(place, (*words.shape[:-1], place.shape[-1]))

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from mechanistic.store import group
 from mechanistic.store.errors import FormatError, MissingSiteError
 
+from .single_precision import to_single
+
 Floats = NDArray[np.float32]
 
 
@@ -64,7 +66,7 @@ class Readout:
 
     def logits(self, residual: NDArray[Any]) -> Floats:
         """Logits (..., word) of the answer words from residuals (..., feature)."""
-        values = residual.astype(np.float32)
+        values = to_single(residual)
         if self.kind == "layer":
             values = values - values.mean(axis=-1, keepdims=True)
         scale = np.sqrt(np.einsum("...f,...f->...", values, values) / values.shape[-1] + np.float32(self.eps))

@@ -16,6 +16,7 @@ from mechanistic.store.errors import DataError, DimensionError
 from mechanistic.store.schema import STATUS
 
 from .head_rows import heads_as_layers
+from .single_precision import to_single
 from .splits import with_samples
 from .take_rows import take_rows
 from .token_selection import select_layers, select_tokens
@@ -156,6 +157,10 @@ def _finite_kernel(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[An
 
 def require_finite(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[Any]) -> None:
     """Refuse values (..., feature) that are not finite, by layer and sample, which broadcast to (...)."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = values.sum(axis=-1, dtype=np.result_type(values.dtype, np.float32))
+    if np.isfinite(sums).all():
+        return
     bad = ~np.isfinite(values).all(axis=-1)
     if bad.any():
         layers = np.broadcast_to(layer, bad.shape)[bad]
@@ -216,7 +221,7 @@ def finite_rows(block: NDArray[Any] | UnreadBlock, samples: NDArray[np.int64], l
     DataError  a value is NaN or infinite; names layer and sample.
     """
     opened = open_block(block)[0]
-    values = np.asarray(opened, np.result_type(opened.dtype, np.float32))
+    values = opened if opened.dtype == np.float64 else to_single(opened)
     with np.errstate(invalid="ignore", over="ignore"):
         sums = values @ np.ones(values.shape[1], values.dtype)
     suspects = np.flatnonzero(~np.isfinite(sums))

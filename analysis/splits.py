@@ -17,6 +17,7 @@ from mechanistic.store.schema import STATUS
 
 from .blocks import sample_spans
 from .intervals import bootstrap_interval, t_interval
+from .take_rows import take_rows
 from .token_selection import token_axis
 
 
@@ -176,9 +177,14 @@ def _summary_of_rows(
             f"there are no numbers on '{axis}' to summarise, only {', '.join(map(str, dataset.variables))}.",
             "Pass the result of an analysis, such as attention_mass(run).",
         )
+    held = dataset[numeric]
+    # Of the labels only the sample is asked for: taking rows of each costs more than reading the numbers.
+    held = held.drop_vars(
+        [name for name in held.coords if axis in held[name].dims and name != "sample_index"]
+    )
 
     def summary(rows: NDArray[np.int64]) -> xr.Dataset:
-        part = dataset[numeric].isel({axis: rows})
+        part = take_rows(held, axis, rows)
         if not len(rows):
             # There is nothing to read, and dask has no blocks of no rows.
             part = xr.zeros_like(part).compute()
