@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from .location import is_url
+from .lock import writer_of
+from .manifest import Manifest
 from .parts import part_count, read_parts, unfinished
 from .reader import derived_names, group, open_run, read_manifest
 
@@ -36,6 +39,7 @@ def run_info(path: str | Path) -> dict[str, Any]:
         "state": manifest.state,
         "parts": parts,
         "unfinished": unfinished(read_parts(path, parts)) if parts else "",
+        "writers": _writers(str(path), parts, manifest),
         "samples": manifest.samples,
         "samples_expected": manifest.expected,
         "stored_bytes": manifest.stored_bytes,
@@ -47,6 +51,16 @@ def run_info(path: str | Path) -> dict[str, Any]:
         "derived": derived_names(run),
         "groups": groups,
     }
+
+
+def _writers(path: str, parts: int | None, manifest: Manifest) -> list[str]:
+    """Who is writing the run, or parts of it, at this moment."""
+    if manifest.complete or is_url(path):
+        return []
+    if parts is None:
+        return [who for who in [writer_of(Path(path))] if who is not None]
+    each = [(part.index, writer_of(Path(part.path))) for part in read_parts(path, parts)]
+    return [f"part {index}: {who}" for index, who in each if who is not None]
 
 
 def _group_info(data: xr.Dataset, stored: int) -> dict[str, Any]:
@@ -78,6 +92,9 @@ def format_info(info: dict[str, Any]) -> str:
         f"size     {human_bytes(info['stored_bytes'])} stored, {human_bytes(info['raw_bytes'])} raw"
         f" ({_ratio(info['raw_bytes'], info['stored_bytes'])})",
     ]
+    if info["state"] != "complete":
+        nobody = "nobody is writing; the same capture command continues it"
+        lines.append(f"writer   {'; '.join(info['writers']) or nobody}")
     warnings = (info["proven"] or {}).get("warnings") or []
     lines += [f"WARNING  {warning}" for warning in warnings]
     if info["derived"]:

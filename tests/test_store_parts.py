@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import xarray as xr
 from mechanistic.store import RunWriter, open_run, read_manifest
 from mechanistic.store.errors import DiskFullError, IncompleteRunError, OutputExistsError
 from mechanistic.store.info import format_info, run_info
+from mechanistic.store.lock import take_lock
 from mechanistic.store.merge import merge_run
 from mechanistic.store.parts import part_path, part_span
 from mechanistic.store.root import open_root
@@ -95,6 +97,8 @@ def test_open_run__names_parts_that_never_ran_or_are_unfinished(tmp_path: Path) 
     info = run_info(tmp_path / "run")
     assert (info["samples"], info["samples_expected"], info["state"]) == (5, COUNT, "writing")
     assert "part 1 never ran" in format_info(info)
+    with take_lock(Path(part_path(tmp_path / "run", 0))):
+        assert f"writer   part 0: process {os.getpid()} on " in format_info(run_info(tmp_path / "run"))
     assert [str(p) for p in verify_run(tmp_path / "run")] == ["parts/0001: this part never ran"]
     with pytest.raises(IncompleteRunError, match="part 1 never ran"):
         merge_run(tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def test_open_run__unfinished_needs_consent_and_is_cut(tmp_path: Path) -> None:
     assert run["samples"].sizes["sample"] == 1
     assert run["text/resid_post"].sizes["token"] == small_run.token_count(0)
     assert "UNFINISHED" in format_info(run_info(tmp_path / "run"))
+    assert f"writer   process {os.getpid()} on " in format_info(run_info(tmp_path / "run"))
     writer.close()
+    assert "nobody is writing; the same capture command" in format_info(run_info(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
