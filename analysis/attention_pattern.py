@@ -16,7 +16,7 @@ from .attention_inputs import AttentionInputs, attention_inputs
 from .attention_rows import walk_rows
 from .attention_weights import PATTERN
 from .blocks import align_blocks, map_blocks
-from .mask_rules import MASK_COLUMNS, AttentionRule
+from .mask_rules import AttentionRule, mask_columns
 from .stored_pattern import only_stored, stored_rows
 from .token_selection import head_places, token_axis
 
@@ -93,8 +93,8 @@ def _rebuilt_rows(
     rebuilt = map_blocks(
         partial(_pattern_kernel, rules=inputs.rules, kv_of_head=inputs.kv_of_head),
         blocks,
-        query_columns=[name for name in MASK_COLUMNS if name in inputs.query.variables],
-        key_columns=[name for name in MASK_COLUMNS if name in inputs.key.variables],
+        query_columns=mask_columns(inputs.query),
+        key_columns=mask_columns(inputs.key),
         shape=(inputs.query.sizes["head"], blocks.key.sizes[token_axis(inputs.key)]),
     )
     values = xr.DataArray(rebuilt, dims=("layer", "query", "head", "key"))

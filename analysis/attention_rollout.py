@@ -16,14 +16,13 @@ from mechanistic.store.errors import DataError, DimensionError
 from .attention_inputs import AttentionInputs
 from .attention_transitions import (
     Fusion,
-    mask_columns,
     square_inputs,
     transition_matrices,
     transition_rows,
 )
 from .attention_weights import attention_weights
 from .blocks import MAX_BYTES, AlignedBlocks, align_blocks
-from .mask_rules import AttentionRule
+from .mask_rules import AttentionRule, mask_columns
 from .token_selection import token_axis, token_mask
 
 _ATTRS = {"units": "1", "long_name": "attention rollout"}

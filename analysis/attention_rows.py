@@ -19,7 +19,7 @@ from mechanistic.store.errors import DataError
 
 from .attention_inputs import AttentionInputs, attention_inputs
 from .blocks import MAX_BYTES, ROW_BLOCK, Columns, align_blocks, map_blocks, sample_spans
-from .mask_rules import MASK_COLUMNS, AttentionRule
+from .mask_rules import AttentionRule, mask_columns
 from .single_precision import to_single
 from .stored_statistics import only_statistics, stored_statistics
 
@@ -115,8 +115,8 @@ def attention_statistics(
     stacked = map_blocks(
         kernel,
         blocks,
-        query_columns=(*_columns(inputs.query), *(c for s in statistics for c in s.query_columns)),
-        key_columns=(*_columns(inputs.key), *(c for s in statistics for c in s.key_columns)),
+        query_columns=(*mask_columns(inputs.query), *(c for s in statistics for c in s.query_columns)),
+        key_columns=(*mask_columns(inputs.key), *(c for s in statistics for c in s.key_columns)),
         shape=(inputs.query.sizes["head"], len(names)),
     )
     return _labelled(stacked, inputs, statistics, names)
@@ -140,10 +140,6 @@ def _labelled(
     dataset = xr.Dataset(variables, coords, {**provenance, "computed_from": computed_from})
     # Labels are cut like the results, so that the Dataset has one chunking.
     return dataset.chunk({axis: stacked.chunks[1]})
-
-
-def _columns(group: xr.Dataset) -> tuple[str, ...]:
-    return tuple(name for name in MASK_COLUMNS if name in group.variables)
 
 
 def _statistics_kernel(

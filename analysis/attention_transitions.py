@@ -20,7 +20,7 @@ from mechanistic.store.errors import DataError, SpecificationError
 from .attention_inputs import AttentionInputs, attention_inputs
 from .attention_rows import AttentionRows, walk_rows
 from .blocks import Columns, align_blocks, map_blocks
-from .mask_rules import MASK_COLUMNS, AttentionRule
+from .mask_rules import AttentionRule, mask_columns
 from .token_selection import token_axis
 
 Floats = NDArray[np.float32]
@@ -165,11 +165,6 @@ def transition_matrices(
     return xr.DataArray(
         matrices, dims=("layer", "query", "key"), coords={"layer": inputs.query["layer"], **labels}
     )
-
-
-def mask_columns(group: xr.Dataset) -> tuple[str, ...]:
-    """The labels of a group that mask rules read."""
-    return tuple(name for name in MASK_COLUMNS if name in group.variables)
 
 
 def _matrix_kernel(

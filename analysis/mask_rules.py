@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from mechanistic.store.errors import FormatError
@@ -15,8 +16,12 @@ from mechanistic.store.schema import KIND
 Columns = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
 
-# What the rules below read of the tokens of one sample.
-MASK_COLUMNS = ("position", "kind", "image_index", "tile", "patch_row", "patch_col", "first_query")
+_COLUMNS = ("position", "kind", "image_index", "tile", "patch_row", "patch_col", "first_query")
+
+
+def mask_columns(tokens: xr.Dataset) -> tuple[str, ...]:
+    """The labels of these tokens that the rules below read."""
+    return tuple(name for name in _COLUMNS if name in tokens.variables)
 
 
 @dataclass(frozen=True)

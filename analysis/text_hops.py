@@ -16,9 +16,8 @@ from mechanistic.store.errors import DataError, SpecificationError
 from .allowed_keys import allowed_keys
 from .attention_inputs import attention_inputs
 from .attention_rows import AttentionRows, walk_rows
-from .attention_transitions import mask_columns
 from .blocks import MAX_BYTES, Columns, align_blocks, map_blocks, sample_spans
-from .mask_rules import AttentionRule
+from .mask_rules import AttentionRule, mask_columns
 from .token_selection import token_axis, token_mask
 
 FirstHop = Literal["same", "earlier"]
