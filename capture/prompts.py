@@ -151,13 +151,16 @@ def encode_prompts(
             "Shorten the question, or leave the sample out.",
         )
     lengths = inputs["attention_mask"].sum(1).numpy() if masked else np.full(len(texts), width)
-    plain = tokenizer(texts, add_special_tokens=settings["add_special_tokens"], return_offsets_mapping=True)
-    offsets = []
-    for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-        alone = Tokens(np.array(plain["input_ids"][row]), np.array(plain["offset_mapping"][row]))
-        together = Tokens(inputs["input_ids"][row, :length].numpy(), mapping[row, :length])
-        offsets.append(_in_the_prompt(prompt, together, alone).offsets - prompt.question[0])
-    return EncodedPrompts(inputs, lengths, offsets)
+    offsets = [rows[:length] for rows, length in zip(mapping, lengths, strict=True)]
+    if any(images):
+        special = settings["add_special_tokens"]
+        plain = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
+        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+            alone = Tokens(np.array(plain["input_ids"][row]), np.array(plain["offset_mapping"][row]))
+            together = Tokens(inputs["input_ids"][row, :length].numpy(), offsets[row])
+            offsets[row] = _in_the_prompt(prompt, together, alone).offsets
+    starts = [prompt.question[0] for prompt in prompts]
+    return EncodedPrompts(inputs, lengths, [each - at for each, at in zip(offsets, starts, strict=True)])
 
 
 def _in_the_prompt(prompt: Prompt, expanded: Tokens, plain: Tokens) -> Tokens:

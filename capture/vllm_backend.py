@@ -28,6 +28,7 @@ from .specification import ROW_SITES
 from .token_table import TokenTexts, encoder_table, select
 from .vllm_encoder_proof import encoder_calls
 from .vllm_engine import Engine, Request
+from .vllm_folders import Folders
 from .vllm_plan import Plan, check_sites
 from .vllm_proof import check_layers, engine_call, masked
 from .vllm_prover import Prover, Single, check_prompt, request_of
@@ -62,10 +63,15 @@ class VllmBackend:
             raise
         return engine
 
-    @property
-    def folder(self) -> Path:
-        """Where the engine's processes leave their files."""
-        return Path(self.engine.folder.name)
+    @cached_property
+    def _folders(self) -> Folders:
+        return Folders(Path(self.engine.folder.name))
+
+    def written(self) -> tuple[Spool, Mapping[str, Any]]:
+        """What the workers kept of a batch, as they leave it now, and what they say of it."""
+        lent = self._folders.take()
+        told: Mapping[str, Any] = self.engine.call("mechanistic_write", str(lent.path))[0]
+        return Spool(lent, len(self.engine.workers), self.tolerance), told
 
     @property
     def tolerance(self) -> float:
@@ -104,7 +110,7 @@ class VllmBackend:
         wanted = (plan, halves, probe)
         if self._watching != wanted:
             self._watching = None
-            self.engine.call("mechanistic_watch", plan.to_dict(), halves, probe, str(self.folder))
+            self.engine.call("mechanistic_watch", plan.to_dict(), halves, probe, self.engine.folder.name)
             self._watching = wanted
 
     def unwatch(self) -> None:
@@ -142,11 +148,11 @@ class VllmBackend:
         expected = {name: request_of(row, labels[row], plan) for row, name in enumerate(names)}
         self.engine.call("mechanistic_begin", expected)
         answers = self._answers(asked, requests, names, max_new_tokens)
-        told = self.engine.call("mechanistic_write", str(self.folder))[0]["encoder"]
+        spool, told = self.written()
         batch = answered(self.loaded, asked, 0, answers, texts)
-        with Spool(self.folder, len(self.engine.workers), self.tolerance) as spool:
+        with spool:
             arrays = self._arrays(spool, plan, sites, batch)
-            arrays |= self._attention_rows(spool, sites, batch, proof, told)
+            arrays |= self._attention_rows(spool, sites, batch, proof, told["encoder"])
             return Captured(batch, arrays, spool.logits(len(samples)))
 
     def _arrays(self, spool: Spool, plan: Plan, sites: Sequence[ResolvedSite], batch: Batch) -> Arrays:

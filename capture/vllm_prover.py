@@ -87,8 +87,8 @@ class Prover:
             {"text": batch.decoder[0], "vision": batch.encoder[0]},
         )
         before = self._logits(single)
-        found = self._pass(single, Plan.everything(PROBED, layers), tolerance)
-        with Spool(backend.folder, len(engine.workers), tolerance) as spool:
+        spool, found = self._pass(single, Plan.everything(PROBED, layers), tolerance)
+        with spool:
             observed = spool.logits(1)[0]
             proofs, warnings = self._proofs(spool, single, layers, found, attended(sites))
         after = self._logits(single)
@@ -149,21 +149,20 @@ class Prover:
         kind = kind_of(single.layout, engine.layers)
         if "text" not in attention or kind in self._kinds:
             return
-        self._pass(single, Plan.everything(ATTENDED, {"text": range(len(backend.stack.layers))}), 0.0)
-        with Spool(backend.folder, len(engine.workers), backend.tolerance) as spool:
+        plan = Plan.everything(ATTENDED, {"text": range(len(backend.stack.layers))})
+        with self._pass(single, plan, 0.0)[0] as spool:
             rules = proof.rules["text"]
             check_attention(spool, backend.stack, single.layout, engine.layers, rules, backend.tolerance)
         self._kinds.add(kind)
 
     def _logits(self, single: Single) -> NDArray[np.float32]:
         """Logits behind all of a sample, with nothing else kept."""
-        self._pass(single, Plan({}, {}), 0.0)
-        with Spool(self.backend.folder, len(self.backend.engine.workers), self.backend.tolerance) as spool:
+        with self._pass(single, Plan({}, {}), 0.0)[0] as spool:
             logits: NDArray[np.float32] = spool.logits(1)[0]
         return logits
 
-    def _pass(self, single: Single, plan: Plan, probe: float) -> Mapping[str, Any]:
-        """Have the engine read a sample at once, into the spool; returns what probes found."""
+    def _pass(self, single: Single, plan: Plan, probe: float) -> tuple[Spool, Mapping[str, Any]]:
+        """Have the engine read a sample at once; what was kept of it, and what probes found."""
         engine = self.backend.engine
         (name,) = engine.names(1)
         self.backend.watch(plan, {}, probe)
@@ -171,8 +170,7 @@ class Prover:
         request = Request(single.tokens, single.images)
         (answer,) = engine.run([name], [request], sampling(self.backend.loaded, 0))
         check_prompt(single.sample_id, answer, single.labels["text"]["token_id"].tolist())
-        found: Mapping[str, Any] = engine.call("mechanistic_write", str(self.backend.folder))[0]
-        return found
+        return self.backend.written()
 
 
 def request_of(number: int, labels: Mapping[str, Columns], plan: Plan) -> dict[str, Any]:

@@ -121,9 +121,11 @@ class Recorder:
         self._seen[name, layer] = seen + len(flat[0])
         if stack == "vision":
             rows = rows[(rows >= seen) & (rows < seen + len(flat[0]))] - seen
-        # index_select copies: the next fused kernel may write where the tensor is.
-        parts = [part.index_select(0, rows) for part in flat]
-        kept = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        # Rows are in order: as many as there are, are all of them.
+        every = len(rows) == len(flat[0])
+        parts = flat if every else [part.index_select(0, rows) for part in flat]
+        # A copy either way: the next fused kernel may write where the tensor is.
+        kept = parts[0] + parts[1] if len(parts) == 2 else parts[0].clone() if every else parts[0]
         self._kept[name, layer].append(kept.cpu())
 
     def put_logits(self, logits: Tensor | None) -> None:
@@ -178,9 +180,13 @@ class Recorder:
             rows, (first, *_) = sum(map(len, parts[0])), parts[0]
             dtype = str(first.dtype).removeprefix("torch.")
             held[name] = {"layers": layers, "dtype": dtype, "shape": [len(layers), rows, *first.shape[1:]]}
-            with numbers_file(stem, name).open("wb") as file:
+            path = numbers_file(stem, name)
+            # Over what an earlier batch left: what is behind the end of these numbers nobody reads.
+            with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
                 for part in (part for each in parts for part in each):
-                    file.write(part.contiguous().view(torch.uint8).numpy().data)
+                    left = part.contiguous().view(torch.uint8).numpy().reshape(-1).data
+                    while left:
+                        left = left[file.write(left) :]
         for selection, labels in self._labels.items():
             joined = np.concatenate([np.zeros((0, 2), np.int64), *labels])
             small[f"rows.{selection}"] = torch.from_numpy(joined)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
-from pathlib import Path
+from mmap import ACCESS_COPY, mmap
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from mechanistic.store.errors import CaptureError
 from .residual import relative_error
 from .sites import ResolvedSite
 from .specification import KV_SITES, RESIDUAL_SITES
+from .vllm_folders import Lent
 from .vllm_heads import owned_heads
 from .vllm_plan import tensor_name
 from .vllm_recorder import LOGITS, LOGITS_ROWS, numbers_file
@@ -25,7 +27,7 @@ from .vllm_rows import Places, place_rows
 
 
 class Spool:
-    """The files of one batch, read where they lie; a context, since they are mapped while it is open.
+    """The files of one batch, read where they lie; a context, since files are open while it is.
 
     Parameters
     ----------
@@ -33,9 +35,10 @@ class Spool:
         By how much of its largest value a token that was computed twice may differ from itself.
     """
 
-    def __init__(self, folder: Path, ranks: int, tolerance: float) -> None:
+    def __init__(self, lent: Lent, ranks: int, tolerance: float) -> None:
         self.tolerance = tolerance
-        self._stems = [folder / f"rank{rank}" for rank in range(ranks)]
+        self._lent = lent
+        self._stems = [lent.path / f"rank{rank}" for rank in range(ranks)]
         self._small: list[dict[str, Tensor]] = []
         self._held: list[dict[str, Any]] = []
         self._mapped: dict[tuple[int, str], Tensor] = {}
@@ -53,10 +56,9 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What is still mapped stays readable without its name.
+        # The numbers stay, to be written over when nothing maps them any more.
         for stem in self._stems:
-            for file in stem.parent.glob(f"{stem.name}.*"):
-                file.unlink()
+            stem.with_suffix(".safetensors").unlink()
 
     def rows(
         self,
@@ -140,11 +142,17 @@ class Spool:
         if (rank, name) not in self._mapped:
             held = self._held[rank][name]
             count, dtype = int(np.prod(held["shape"])), getattr(torch, held["dtype"])
-            file = str(numbers_file(self._stems[rank], name))
             # Nothing cannot be mapped.
-            flat = torch.from_file(file, size=count, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+            flat = self._numbers(rank, name, count, dtype) if count else torch.empty(0, dtype=dtype)
             self._mapped[rank, name] = flat.reshape(held["shape"])
         return self._mapped[rank, name]
+
+    def _numbers(self, rank: int, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        with numbers_file(self._stems[rank], name).open("rb") as file:
+            mapped = mmap(file.fileno(), count * dtype.itemsize, access=ACCESS_COPY)
+        # Every tensor and array of these numbers refers to the map, and it to the folder.
+        weakref.finalize(mapped, lambda lent: None, self._lent).atexit = False
+        return torch.frombuffer(mapped, dtype=dtype, count=count)
 
     def _place(self, selection: str, wanted: Sequence[NDArray[np.int64]], where: str) -> Places:
         key = (selection, b"|".join(each.tobytes() for each in wanted))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mechanistic.capture.vllm_folders import Lent
 from mechanistic.capture.vllm_heads import owned_heads
 from mechanistic.capture.vllm_recorder import Recorder
 from mechanistic.capture.vllm_spool import Spool, join_heads
@@ -78,12 +79,12 @@ def test_spool__gathers_the_heads_of_all_ranks_under_their_numbers(tmp_path: Pat
     queries, keys = torch.randn(6, 8, 4), torch.randn(6, 2, 4)
     write(tmp_path, 4, queries=queries, keys=keys, order=[3, 4, 5, 0, 1, 2])
     wanted = [np.array([0, 2, 5])]
-    with Spool(tmp_path, 4, 1e-5) as spool:
+    with Spool(Lent(tmp_path), 4, 1e-5) as spool:
         torch.testing.assert_close(spool.rows("text/q", 0, "text/all", wanted, 8), queries[[0, 2, 5]])
         torch.testing.assert_close(spool.rows("text/k", 0, "text/all", wanted, 2), keys[[0, 2, 5]])
         residual = spool.rows("text/resid_post", 0, "text/all", wanted, None)
         torch.testing.assert_close(residual, queries[[0, 2, 5]].flatten(1))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_spool__a_token_computed_twice_must_agree_with_itself(tmp_path: Path) -> None:
@@ -96,10 +97,10 @@ def test_spool__a_token_computed_twice_must_agree_with_itself(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         leave(tmp_path / name, 0, {"text/q": values}, labels)
     wanted = [np.array([0, 1, 2])]
-    with Spool(tmp_path / "same", 1, 1e-5) as spool:
+    with Spool(Lent(tmp_path / "same"), 1, 1e-5) as spool:
         torch.testing.assert_close(spool.rows("text/q", 0, "text/all", wanted, 2), again[2:], rtol=0, atol=0)
     with (
-        Spool(tmp_path / "other", 1, 1e-5) as spool,
+        Spool(Lent(tmp_path / "other"), 1, 1e-5) as spool,
         pytest.raises(CaptureError, match=r"text\.0\.q: a token that the engine computed twice differs"),
     ):
         spool.rows("text/q", 0, "text/all", wanted, 2)
@@ -109,7 +110,7 @@ def test_spool__ranks_that_kept_other_tokens_are_an_error(tmp_path: Path) -> Non
     values = torch.randn(3, 2, 4)
     write(tmp_path, 2, queries=values, keys=values, order=[0, 1, 2])
     leave(tmp_path, 1, {"text/q": values[:, :1]}, [[0, 0], [0, 2], [0, 1]])
-    with Spool(tmp_path, 2, 1e-5) as spool, pytest.raises(CaptureError, match="kept different tokens"):
+    with Spool(Lent(tmp_path), 2, 1e-5) as spool, pytest.raises(CaptureError, match="kept different tokens"):
         spool.rows("text/q", 0, "text/all", [np.array([0])], 2)
 
 
@@ -117,12 +118,12 @@ def test_spool_whole__is_the_file_itself_where_all_of_it_is_wanted_in_its_order(
     values = torch.randn(4, 2, 3, dtype=torch.bfloat16)
     labels = [[0, 0], [0, 1], [1, 0], [1, 1]]
     leave(tmp_path, 0, {"text/q": values}, labels)
-    with Spool(tmp_path, 1, 1e-5) as spool:
+    with Spool(Lent(tmp_path), 1, 1e-5) as spool:
         both = [np.arange(2), np.arange(2)]
         whole = spool.whole("text/q", (0,), "text/all", both)
         assert spool.whole("text/q", (0, 1), "text/all", both) is None
         assert spool.whole("text/q", (0,), "text/all", [np.arange(2), np.array([1])]) is None
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.safetensors"))
     assert whole is not None
     # Mapped, it outlives its file.
     torch.testing.assert_close(whole, values[None], rtol=0, atol=0)
