@@ -1,6 +1,6 @@
 """An array of a run on this disk, decoded chunk by chunk straight into the block that is asked for.
 
-zarr-python takes half as much CPU time again for the same bytes. It reads what was written in another way.
+zarr-python takes twice the CPU time for the same bytes. It reads what was written in another way.
 """
 
 from __future__ import annotations
