@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The real engine, on CPUs: 3.5 GB to install, and about 7 CPU-minutes, installing included. It needs no compiler,
+# The real engine, on CPUs: 3.5 GB to install, and about 10 CPU-minutes, installing included. It needs no compiler,
 # and of the system only lscpu (util-linux).
 test-vllm: $(VENV_VLLM)/installed
 	$(BIN_VLLM)/python -m pytest tests/vllm_backend -W default
@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks
 
-# The peer is installed beside the environment: within it, it would change every engine.
+# About 9 CPU-minutes. The peer is installed beside the environment: within it, it would change every engine.
 bench-vllm: $(VENV_VLLM)/installed
 	test -d $(VENV_VLLM)/peer || $(BIN_VLLM)/python -m pip install --quiet --no-deps --ignore-requires-python \
 		--target $(VENV_VLLM)/peer vllm-lens==1.3.0 zstandard==0.25.0
