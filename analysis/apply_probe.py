@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError, DimensionError
 
+from .finite import require_finite
 from .linear_probe import MAX_BYTES, named_units, with_owners
 from .probe_design import RowLabels, row_targets
 from .probe_fit import best_scores, prediction_dtype
 from .probe_graph import row_blocks
 from .probe_labels import as_names
-from .probe_rows import probe_features, probe_rows, require_finite, with_units
+from .probe_rows import probe_features, probe_rows, with_units
 from .probe_scores import chance, class_coordinates, first_classes, true_scores
 from .token_selection import select_layers
 

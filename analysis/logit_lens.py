@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from mechanistic.store import group
 from mechanistic.store.errors import DataError
 
+from .finite import require_finite
 from .readout import Readout
-from .representation_rows import layer_numbers, representation_rows, require_finite, sample_numbers
+from .representation_rows import layer_numbers, representation_rows, sample_numbers
 from .single_precision import to_single
 from .splits import row_labels
 
@@ -157,7 +158,7 @@ def _lens_kernel(
 ) -> Floats:
     """(layer, row, 2 options + 3): logits, probabilities, right probability, gap, correct."""
     residual = to_single(residual)
-    require_finite(residual, layer, sample)
+    require_finite(residual, sample, layer)
     words = readout.logits(residual)
     place = np.broadcast_to(place, (*words.shape[:-1], place.shape[-1]))
     answer = np.broadcast_to(answer, words.shape[:-1])

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .finite import require_finite
 from .logistic_folds import fit_logistic_folds
 from .penalty_choice import FoldedFit, fit_folds
 from .probe_design import ProbeDesign, RowLabels
-from .probe_rows import require_finite
 from .ridge_folds import FoldSums, MomentRidge, RowRidge, rough_centre
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store import group, sites
 from mechanistic.store import site as site_of
-from mechanistic.store.errors import DataError, DimensionError
+from mechanistic.store.errors import DimensionError
 
 from .splits import with_samples
 from .token_selection import select_tokens
@@ -70,20 +70,3 @@ class _Held:
 
     def __getitem__(self, place: Any) -> NDArray[Any]:
         return np.asarray(self.values[place])
-
-
-def require_finite(features: NDArray[Any], samples: NDArray[np.int64], layer: int) -> None:
-    """Refuse rows (row, ...) that are not finite, by sample and layer."""
-    wide = features.reshape(len(features), -1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        # A sum is finite only if its terms are, and takes a fifth of the time.
-        sums = wide @ np.ones(wide.shape[1], np.result_type(wide.dtype, np.float32))
-    suspects = np.flatnonzero(~np.isfinite(sums))
-    bad = suspects[~np.isfinite(wide[suspects]).all(axis=1)]
-    if bad.size:
-        owners = np.unique(samples[bad])
-        named = ", ".join(map(str, owners[:5].tolist())) + (", ..." if len(owners) > 5 else "")
-        raise DataError(
-            f"layer {layer} holds NaN or infinity in {bad.size} rows, of sample {named}.",
-            "Capture these samples again (half precision overflows at 65504), or leave them out.",
-        )

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from mechanistic.store import group, sites
 from mechanistic.store import site as site_of
-from mechanistic.store.errors import DataError, DimensionError
+from mechanistic.store.errors import DimensionError
 from mechanistic.store.schema import STATUS
 
+from .finite import require_finite
 from .head_rows import heads_as_layers
 from .single_precision import to_single
 from .splits import with_samples
@@ -151,24 +152,8 @@ def finite_values(rows: xr.DataArray, feature: str) -> xr.DataArray:
 
 
 def _finite_kernel(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[Any]) -> NDArray[Any]:
-    require_finite(values, layer, sample)
+    require_finite(values, sample, layer)
     return values
-
-
-def require_finite(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[Any]) -> None:
-    """Refuse values (..., feature) that are not finite, by layer and sample, which broadcast to (...)."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        sums = values.sum(axis=-1, dtype=np.result_type(values.dtype, np.float32))
-    if np.isfinite(sums).all():
-        return
-    bad = ~np.isfinite(values).all(axis=-1)
-    if bad.any():
-        layers = np.broadcast_to(layer, bad.shape)[bad]
-        samples = np.broadcast_to(sample, bad.shape)[bad]
-        raise DataError(
-            f"layer {layers[0]} holds NaN or infinity in {bad.sum()} rows, first of sample {samples[0]}.",
-            "Capture these samples again (half precision overflows at 65504), or leave them out.",
-        )
 
 
 class RowBlocks:
@@ -222,15 +207,5 @@ def finite_rows(block: NDArray[Any] | UnreadBlock, samples: NDArray[np.int64], l
     """
     opened = open_block(block)[0]
     values = opened if opened.dtype == np.float64 else to_single(opened)
-    with np.errstate(invalid="ignore", over="ignore"):
-        sums = values @ np.ones(values.shape[1], values.dtype)
-    suspects = np.flatnonzero(~np.isfinite(sums))
-    bad = suspects[~np.isfinite(values[suspects]).all(axis=1)]
-    if bad.size:
-        names = np.unique(samples[bad])
-        named = ", ".join(map(str, names[:5].tolist())) + (", ..." if len(names) > 5 else "")
-        raise DataError(
-            f"layer {layer} holds NaN or infinity in {bad.size} rows, of sample {named}.",
-            "Capture these samples again (half precision overflows at 65504), or leave them out.",
-        )
+    require_finite(values, samples[: len(values)], layer)
     return values

@@ -182,7 +182,7 @@ def test_directions__name_what_is_not_finite_or_constant() -> None:
             call()
     directions = class_directions(rows(VALUES, word=["a", "b", "c"] * 5), target="word")["direction"]
     projected = project_rows(data.chunk(layer=1, feature=3), directions)["projection"]
-    with pytest.raises(DataError, match="layer 4 holds NaN or infinity in 1 rows, first of sample 54"):
+    with pytest.raises(DataError, match="layer 4 holds NaN or infinity in 1 rows, of sample 54"):
         projected.compute()
     assert np.isfinite(projected.sel(layer=3).values).all()
     constant = np.ones((1, 5, 3)) * 0.1

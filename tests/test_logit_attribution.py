@@ -168,5 +168,5 @@ def test_logit_attribution__errors() -> None:
         rows = run[name.replace("__", "/")].to_dataset().load().copy(deep=True)
         values = next(iter(rows.data_vars.values())).values
         values[3, row] = np.nan
-        with pytest.raises(DataError, match=r"layer 3 holds NaN or infinity in \d rows, first of sample 11"):
+        with pytest.raises(DataError, match=r"layer 3 holds NaN or infinity in \d rows, of sample 11"):
             logit_attribution(with_groups(run, **{name: rows})).compute()

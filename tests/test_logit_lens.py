@@ -222,5 +222,5 @@ def test_logit_lens__names_what_is_not_finite(bad: float) -> None:
     run = run_with()
     last = site(run, "text/resid_post_last").compute()
     last["resid_post_last"].values[3, 8, 0] = bad
-    with pytest.raises(DataError, match="layer 3 holds NaN or infinity in 1 rows, first of sample 8"):
+    with pytest.raises(DataError, match="layer 3 holds NaN or infinity in 1 rows, of sample 8"):
         logit_lens(with_groups(run, text_resid_post_last=last))
