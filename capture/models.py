@@ -276,10 +276,13 @@ def loader_of(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
+    saved = (config.architectures or [""])[0]
     # The library takes every BLIP for one that captions, and makes up the decoder of one that matches.
-    saved = (config.architectures or [""])[0] if config.model_type == "blip" else ""
-    if hasattr(transformers, saved):
+    if config.model_type == "blip" and hasattr(transformers, saved):
         return getattr(transformers, saved)
+    # Likewise it would make up the head of a model that was saved without one.
+    if saved and saved == auto.MODEL_MAPPING_NAMES.get(config.model_type):
+        return transformers.AutoModel
     if config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return transformers.AutoModelForImageTextToText
     if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -122,6 +122,16 @@ def test_load_model__a_pooler_that_nothing_reads_may_be_absent(tmp_path: Path) -
         torch.testing.assert_close(kept[name], values, rtol=0, atol=0)
 
 
+def test_load_model__a_model_saved_without_a_head_gets_none(tmp_path: Path) -> None:
+    loaded = ZOO["bert"].build()
+    loaded.model.bert.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path)).model
+    assert type(model).__name__ == "BertModel"
+    for name, values in loaded.model.bert.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], values, rtol=0, atol=0)
+
+
 def test_hash_weights__of_several_files_covers_their_names(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"1")
     (tmp_path / "b.safetensors").write_bytes(b"2")
