@@ -168,7 +168,7 @@ def _open_tree(where: str, manifest: Manifest) -> xr.DataTree:
         root = zarr.open_group(where, mode="r", use_consolidated=False)
         live = {name: _live_group(root, name, axis, manifest) for name, axis in manifest.axes.items()}
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(root.attrs)), **live})
-    except (ValueError, KeyError, OSError, zarr.errors.BaseZarrError) as cause:
+    except (ValueError, TypeError, KeyError, OSError, zarr.errors.BaseZarrError) as cause:
         raise FormatError(
             f"{where} cannot be read as a Zarr store ({type(cause).__name__}: {str(cause).splitlines()[0]}).",
             "The copy is incomplete or damaged: `mechanistic verify` lists what is wrong.",

@@ -125,6 +125,12 @@ def test_open_run__foreign_and_damaged_stores(path: Path, tmp_path: Path) -> Non
     with pytest.raises(FormatError, match="is not a manifest"):
         open_run(copy)
     (copy / "manifest.json").write_text(text)
+    root = json.loads((copy / "zarr.json").read_text())
+    array = root["consolidated_metadata"]["metadata"]["text/resid_post/resid_post"]
+    array["codecs"] = ["no codec", *array["codecs"]]
+    (copy / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(FormatError, match="cannot be read as a Zarr store"):
+        open_run(copy)
     (copy / "zarr.json").unlink()
     with pytest.raises(FormatError, match="cannot be read as a Zarr store"):
         open_run(copy)
