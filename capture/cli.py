@@ -9,8 +9,8 @@ from typing import Any
 from mechanistic.store.errors import UsageError
 
 from .datasets import dataset_names, open_dataset
-from .engine_options import engine_options
 from .libraries import require_libraries
+from .loading_options import add_place_options, parse_options, place_options
 from .parts import PartOf
 from .question_options import add_question_options, question_options
 from .repair_command import add_repair_command
@@ -122,14 +122,16 @@ def _how(group: argparse._ArgumentGroup) -> None:
         metavar="KEY=VALUE",
         help="an option of vLLM, such as tensor_parallel_size=2; may be repeated",
     )
-    group.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
     group.add_argument(
-        "--device-map", metavar="MAP", help="spread the model over devices, such as auto; instead of --device"
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of transformers' from_pretrained, such as"
+        ' \'quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}\'; may be repeated',
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    add_place_options(group)
     group.add_argument("--quiet", action="store_true", help="show no progress")
     group.add_argument("--log-json", action="store_true", help="progress as a JSON object a line")
 
@@ -169,12 +171,12 @@ def _capture(args: argparse.Namespace) -> int:
         **question_options(args),
     )
     loading: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("backend", "dtype", "device", "device_map", "revision", "trust_remote_code")
-        if getattr(args, name)
+        name: getattr(args, name) for name in ("backend", "dtype", "revision") if getattr(args, name)
     }
+    loading |= place_options(args)
     if args.engine_option:
-        loading["engine"] = engine_options(args.engine_option)
+        loading["engine"] = parse_options("--engine-option", args.engine_option)
+    loading |= parse_options("--model-option", args.model_option, besides=loading)
     # torch and transformers load here, after everything that can be refused without them.
     require_libraries(quiet=args.quiet)
     from .job import capture_run, price_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Iterator
@@ -24,16 +25,6 @@ from .specification import parse_sites
 
 # How often a part is begun again after its worker died; it goes on where that one had committed.
 RETRIES = 3
-_LOADING = (
-    "dtype",
-    "device",
-    "device_map",
-    "attention",
-    "revision",
-    "trust_remote_code",
-    "backend",
-    "engine",
-)
 
 
 class WorkerModel:
@@ -151,8 +142,9 @@ def capture_part(
     model: str, dataset: Dataset, path: str, part: tuple[int, int], settings: dict[str, Any]
 ) -> CaptureSummary:
     """Capture one part, on a worker, with the worker's own model."""
-    loading = {name: settings[name] for name in _LOADING if name in settings}
-    rest = {name: value for name, value in settings.items() if name not in loading}
+    own = inspect.signature(capture_run).parameters
+    loading = {name: value for name, value in settings.items() if name not in own}
+    rest = {name: value for name, value in settings.items() if name in own}
     state = _worker_model()
     # A worker with several threads still has one model, whose hooks serve one job at a time.
     with state.turn:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechanistic.store import RunWriter, read_manifest
+from mechanistic.store.errors import UsageError
 
 from .backend import backend_of
 from .batch_job import Job
@@ -102,6 +103,7 @@ def capture_run(
 
     Raises
     ------
+    UsageError            options of loading, for a model that is loaded.
     OutputExistsError     `path` holds something else than this job's run, or another process is writing it.
     SpecificationError    a site does not parse, or the model does not have it.
     ModelError            the model cannot be loaded or cannot be captured.
@@ -110,6 +112,7 @@ def capture_run(
     DiskFullError         the job does not fit, or did not.
     """
     begun = time.monotonic()
+    _require_unloaded(model, loading)
     settings = CaptureSettings(parse_sites(sites), batch_size, max_new_tokens, images, seed)
     own = PartOf(*part) if part else None
     held, finished = find_output(Path(path), known(model, loading), dataset, settings.to_dict(), own)
@@ -130,6 +133,14 @@ def capture_run(
                 with job.open() as writer, _progress(writer, len(names), 0, quiet, log_json) as progress:
                     job.retry(writer, names, progress, interruption)
     return _summary(held, read_manifest(held).samples - (before or 0), begun, retried=len(failed))
+
+
+def _require_unloaded(model: str | LoadedModel, loading: Mapping[str, Any]) -> None:
+    if loading and isinstance(model, LoadedModel):
+        raise UsageError(
+            f"{', '.join(loading)}: this is for loading a model, and {model.name} is loaded.",
+            "Give it to load_model, or give the model's name; how many samples there are is the dataset's.",
+        )
 
 
 @contextmanager
@@ -193,6 +204,7 @@ def price_run(
     **loading: Any,
 ) -> Price:
     """What `capture_run` would cost on disk: a few prompts are encoded, no forward runs. Raises like it."""
+    _require_unloaded(model, loading)
     settings = CaptureSettings(parse_sites(sites), max_new_tokens=max_new_tokens, images=images)
     with _running(model, loading) as loaded:
         return Job(loaded, dataset, Path(path), settings).price

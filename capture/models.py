@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .backend import Backend
 
 DTYPES = ("float32", "float16", "bfloat16")
-_TOLD = ("dtype", "attn_implementation", "revision", "trust_remote_code")
+# Told by other attributes of a run, or deciding nothing about what is computed.
+_TOLD = ("dtype", "attn_implementation", "revision", "trust_remote_code", "device_map")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class LoadedModel:
             "backend": self.backend,
             "backend_version": transformers.__version__,
             "options": dict(self.options),
+            **quantization_of(self.model.config),
         }
         return described if self.engine is None else {**described, **self.engine.attributes()}
 
@@ -130,7 +132,8 @@ def load_model(
 
     Raises
     ------
-    ModelError    the name is unknown, files are missing, or the weights cannot be loaded.
+    ModelError    the name is unknown, files are missing, the weights cannot be loaded, or both `device` and
+                  `device_map` are given.
     """
     entry = REGISTRY.get(name)
     source, folder = _source(name, entry)
@@ -152,6 +155,11 @@ def load_model(
         )
     if engine:
         raise ModelError("Engine options are for vLLM alone.", "Add backend='vllm', or --backend vllm.")
+    if device is not None and device_map is not None:
+        raise ModelError(
+            f"A model is put on one device or spread by a map, not both: {device!r}, {device_map!r}.",
+            "Leave one of device and device_map out.",
+        )
     settings = {
         "dtype": chosen,
         "attn_implementation": attention,
@@ -168,10 +176,9 @@ def _loaded(
 ) -> LoadedModel:
     """The model as transformers loads it with these `settings`."""
     model, processor = _load(name, source, settings)
-    if device is not None and settings["device_map"] is None:
+    if device is not None:
         model = model.to(device)
     commit = getattr(model.config, "_commit_hash", None) or settings["revision"] or ""
-    # Of the settings, those that nothing else in the run's attributes tells.
     return LoadedModel(
         model=model.eval(),
         processor=processor,
@@ -179,8 +186,26 @@ def _loaded(
         repository="" if folder is not None else source,
         revision=commit,
         folder=folder if folder is not None else _snapshot(source, commit),
-        options={key: repr(value) for key, value in settings.items() if value and key not in _TOLD},
+        options={
+            key: repr(_as_dict(value))
+            for key, value in settings.items()
+            if value is not None and key not in _TOLD
+        },
     )
+
+
+def _as_dict(option: Any) -> Any:
+    """Configurations as what they can be made of again."""
+    return option.to_dict() if hasattr(option, "to_dict") else option
+
+
+def quantization_of(config: Any) -> dict[str, str]:
+    """What quantised a model's weights, for the run's attribute `model`; nothing where they are not."""
+    held = getattr(config, "quantization_config", None)
+    if held is None:
+        return {}
+    method = _as_dict(held)["quant_method"]
+    return {"quantization": str(getattr(method, "value", method))}
 
 
 def _source(name: str, entry: ModelEntry | None) -> tuple[str, Path | None]:

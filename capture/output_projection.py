@@ -34,6 +34,33 @@ class OutputProjection:
         return None if bias is None else bias.detach()
 
 
+@dataclass(frozen=True)
+class MeasuredProjection(OutputProjection):
+    """A module whose weight is quantised, packed or kept elsewhere: what it does is read off by running it.
+
+    `like` is one row of what it is given.
+    """
+
+    like: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_model, head x d_head): what it gives for each row of the identity."""
+        identity = torch.eye(self.like.shape[-1], dtype=self.like.dtype, device=self.like.device)
+        return (self.run(identity) - self.bias).T
+
+    @property
+    def bias(self) -> Tensor:
+        """(d_model): what it gives for nothing, 0 without a bias."""
+        return self.run(torch.zeros_like(self.like))[0]
+
+    def run(self, rows: Tensor) -> Tensor:
+        """What it gives for these rows (row, head x d_head)."""
+        with torch.no_grad():
+            # Not by calling the module, whose hooks are at work.
+            return first_tensor(self.module.forward(rows))
+
+
 class ProjectionProbe:
     """Finds the output projection of one layer in one forward, by what goes in and what comes out.
 
@@ -68,11 +95,19 @@ class ProjectionProbe:
 
     def may_project(self, module: nn.Module) -> bool:
         """Whether a module is worth looking at."""
-        return getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        weight = getattr(module, "weight", None)
+        return getattr(weight, "ndim", 0) == 2 or "linear" in type(module).__name__.lower()
 
-    def matrices(self, module: nn.Module, given: Tensor) -> list[OutputProjection]:
+    def matrices(self, module: nn.Module, given: Tensor) -> Iterator[OutputProjection]:
         """What a module that was given this may multiply it with."""
-        return [OutputProjection(module, transposed, "") for transposed in (False, True)]
+        weight: Any = getattr(module, "weight", None)
+        # A kind of tensor of its own means something else by its values than they are.
+        if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:
+            for transposed in (False, True):
+                matrix = OutputProjection(module, transposed, "")
+                if matrix.weight.shape[-1] == given.shape[-1]:
+                    yield matrix
+        yield MeasuredProjection(module, False, "", given.detach().reshape(-1, given.shape[-1])[:1].clone())
 
     def gathered(self, given: Tensor) -> Tensor:
         """What a module was given, with what its other processes were given of the same."""
@@ -90,10 +125,8 @@ class ProjectionProbe:
         self.reason = "its output projection is not one matrix"
         given = self.gathered(given)
         for matrix in self.matrices(module, given):
-            if matrix.weight.shape != (output.shape[-1], given.shape[-1]) or matrix.weight.is_meta:
-                continue
             expected = given @ matrix.weight.T + (0 if matrix.bias is None else matrix.bias)
-            if relative_error(expected, output) <= self.tolerance:
+            if expected.shape == output.shape and relative_error(expected, output) <= self.tolerance:
                 self._matrix, self._projected = matrix, output.detach()
                 self.reason = "what its output projection gives is changed before it is added"
                 return

@@ -11,6 +11,7 @@ from mechanistic.store.errors import UsageError
 
 from .datasets import open_dataset
 from .libraries import require_libraries
+from .loading_options import add_place_options, place_options
 from .question_options import add_question_options, question_options
 
 
@@ -28,7 +29,7 @@ def add_repair_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "--dataset", metavar="NAME", help="where the questions are now (default: as captured)"
     )
     repair.add_argument("--data-root", metavar="DIR", help="where the files of the dataset are")
-    repair.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda, cuda:1 (default: cpu)")
+    add_place_options(repair)
     add_question_options(repair.add_argument_group("how to read the questions, as when they were captured"))
     repair.set_defaults(run_command=_repair)
 
@@ -53,10 +54,9 @@ def _repair(args: argparse.Namespace) -> int:
     from .models import load_model
     from .repair import repair_run
 
-    held: dict[str, Any] = {"device": args.device, "attention": model["attention"]}
-    if model["backend"] != "transformers":
-        options = {key: ast.literal_eval(value) for key, value in model["options"].items()}
-        held = {"device": args.device, "engine": options}
+    options = {key: _option(key, value) for key, value in model["options"].items()}
+    vllm = model["backend"] == "vllm"
+    held: dict[str, Any] = {"engine": options} if vllm else {"attention": model["attention"], **options}
     load = partial(
         load_model,
         args.model_name or model["name"],
@@ -64,6 +64,17 @@ def _repair(args: argparse.Namespace) -> int:
         dtype=model["dtype"],
         revision=model["revision"] or None,
         **held,
+        **place_options(args),
     )
     print(repair_run(args.run, load, dataset).message())
     return 0
+
+
+def _option(name: str, text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UsageError(
+            f"This run's model was loaded with {name}={text}, which cannot be written on a command line.",
+            "Load it in Python, and give it to mechanistic.capture.repair.repair_run.",
+        ) from None

@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .output_projection import OutputProjection, ProjectionProbe
-from .residual import first_tensor
+from .output_projection import MeasuredProjection, OutputProjection, ProjectionProbe
 from .vllm_engine import Engine
 
 
-@dataclass(frozen=True)
-class PackedProjection(OutputProjection):
-    """A linear module of an engine; `like` is one row of what its processes read, each a slice of it."""
+class PackedProjection(MeasuredProjection):
+    """A linear module of an engine, each of whose processes reads a slice of the rows."""
 
-    like: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """(d_model, head x d_head): what it gives for each row of the identity."""
-        identity = torch.eye(self.like.shape[-1], dtype=self.like.dtype, device=self.like.device)
-        return (self._run(identity) - self.bias).T
-
-    @property
-    def bias(self) -> Tensor:
-        """(d_model): what it gives for nothing, 0 without a bias."""
-        return self._run(torch.zeros_like(self.like))[0]
-
-    def _run(self, rows: Tensor) -> Tensor:
+    def run(self, rows: Tensor) -> Tensor:
+        """See `MeasuredProjection`."""
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         own = rows.chunk(get_tensor_model_parallel_world_size(), -1)[get_tensor_model_parallel_rank()]
-        with torch.no_grad():
-            # Not by calling the module, whose hooks are at work.
-            return first_tensor(self.module.forward(own.contiguous()))
+        return super().run(own.contiguous())
 
 
 class PackedProjectionProbe(ProjectionProbe):
     """Finds such a projection."""
-
-    def may_project(self, module: nn.Module) -> bool:
-        """Whether it is a linear module, whatever became of its weight."""
-        return "linear" in type(module).__name__.lower()
 
     def gathered(self, given: Tensor) -> Tensor:
         """See `ProjectionProbe`."""
@@ -55,10 +34,9 @@ class PackedProjectionProbe(ProjectionProbe):
         whole: Tensor = tensor_model_parallel_all_gather(given)
         return whole
 
-    def matrices(self, module: nn.Module, given: Tensor) -> list[OutputProjection]:
-        """The one matrix that it gives away, if it is linear at all."""
-        like = given.detach().reshape(-1, given.shape[-1])[:1].clone()
-        return [PackedProjection(module, False, "", like)]
+    def matrices(self, module: nn.Module, given: Tensor) -> Iterator[OutputProjection]:
+        """The one matrix that it gives away, if it is linear at all: engines pack their weights."""
+        yield PackedProjection(module, False, "", given.detach().reshape(-1, given.shape[-1])[:1].clone())
 
 
 class EngineProjections(Mapping[int, OutputProjection]):

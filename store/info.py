@@ -15,6 +15,7 @@ from .manifest import Manifest
 from .parts import part_count, read_parts, unfinished
 from .reader import derived_names, group, open_run, read_manifest
 
+_MODEL = ("dtype", "quantization", "backend", "attention")
 _PART = re.compile(r"^parts/\d+/")
 
 
@@ -86,7 +87,7 @@ def format_info(info: dict[str, Any]) -> str:
     complete = "complete" if info["state"] == "complete" else "UNFINISHED"
     lines = [
         f"run      {info['path']}  ({info['run_id']}, format {info['format_version']}, {info['created']})",
-        f"model    {model.get('name', '?')}  {_details(model, ('dtype', 'backend', 'attention'))}",
+        f"model    {model.get('name', '?')}  {_details(model, _MODEL)}",
         f"dataset  {dataset.get('name', '?')}  {_details(dataset, ('split', 'hash'))}",
         f"samples  {info['samples']:,} of {info['samples_expected']:,}, {complete}{_parts(info)}",
         f"size     {human_bytes(info['stored_bytes'])} stored, {human_bytes(info['raw_bytes'])} raw"

@@ -122,7 +122,13 @@ def test_cluster__has_the_content_of_one_process_also_where_a_worker_died(
     import torch
     from distributed import LocalCluster
 
-    settings = {"sites": ("text.*.k",), "batch_size": 2, "dtype": "float32"}
+    # The last is an option of from_pretrained, and none of ours.
+    settings = {
+        "sites": ("text.*.k",),
+        "batch_size": 2,
+        "dtype": "float32",
+        "attn_implementation": "eager",
+    }
     data = DyingOnce(16, tmp_path / "died")
     with LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
@@ -140,6 +146,7 @@ def test_cluster__has_the_content_of_one_process_also_where_a_worker_died(
     held = open_run(tmp_path / "run")
     names = [Shapes(16)[number].sample_id for number in range(16)]
     assert held["samples"]["sample_id"].values.tolist() == names
+    assert held.attrs["model"]["attention"] == "eager"
     # Workers have the windows of the library, and one thread.
     monkeypatch.setattr("mechanistic.capture.batch_plan.WINDOW_BATCHES", WINDOW_BATCHES)
     threads = torch.get_num_threads()

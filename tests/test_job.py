@@ -19,7 +19,7 @@ import mechanistic.capture.backend as backend
 import mechanistic.capture.batch_job as batch_job
 import mechanistic.capture.job as job
 from mechanistic.capture.forward import to_host
-from mechanistic.capture.job import capture_run
+from mechanistic.capture.job import capture_run, price_run
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.sites import resolve_sites
 from mechanistic.capture.specification import parse_sites
@@ -274,6 +274,15 @@ def test_capture_run__refuses_what_is_no_run(loaded: LoadedModel, tmp_path: Path
         with pytest.raises(OutputExistsError, match="is not a run"):
             capture(loaded, path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_capture_run__refuses_options_of_loading_for_a_model_that_is_loaded(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"^num_samples: .* is loaded\.\n.*load_model"):
+        capture_run(loaded, Listed(samples(2)), tmp_path / "run", num_samples=3)
+    with pytest.raises(UsageError, match=r"^dtype: "):
+        price_run(loaded, Listed(samples(2)), tmp_path / "run", dtype="float16")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,8 @@ def test_repair__through_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     run = tmp_path / "run"
     ask = ["capture", "--model-name", "spatial-tiny", "--dataset", "shapes", "--num-samples", "6", "--quiet"]
-    assert main([*ask, "--output-dir", str(run), "--sites", "text.*.k"]) == 0
+    options = ["--model-option", "attn_implementation=eager", "--model-option", "use_safetensors=True"]
+    assert main([*ask, "--output-dir", str(run), "--sites", "text.*.k", *options]) == 0
     before = read_manifest(run).content_sha256()
     flip(run / "text/k/k/c/0/0/0/0")
     assert main(["verify", str(run)]) == 1

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import llava
 from zoo import ZOO
 
-from mechanistic.capture.engine_options import engine_options
+from mechanistic.capture.loading_options import parse_options
 from mechanistic.capture.models import LoadedModel
 from mechanistic.capture.sites import resolve_sites
 from mechanistic.capture.specification import parse_sites
@@ -83,9 +83,9 @@ def test_check_options__refuses_what_would_lose_tokens(name: str, value: Any) ->
         check_options({name: value})
 
 
-def test_engine_options__are_words_of_python_or_text() -> None:
+def test_parse_options__are_words_of_python_or_text() -> None:
     given = ["max_model_len=4096", "model_impl=transformers", "quiet=True", 'limit={"image": 2}', "a=b=c"]
-    assert engine_options(given) == {
+    assert parse_options("--engine-option", given) == {
         "max_model_len": 4096,
         "model_impl": "transformers",
         "quiet": True,
@@ -95,9 +95,9 @@ def test_engine_options__are_words_of_python_or_text() -> None:
 
 
 @pytest.mark.parametrize("texts", [["max_model_len"], ["=3"], ["a-b=3"], ["a=1", "a=2"]])
-def test_engine_options__must_be_key_and_value(texts: list[str]) -> None:
+def test_parse_options__must_be_key_and_value(texts: list[str]) -> None:
     with pytest.raises(UsageError, match=r"is not KEY=VALUE, or is given twice\.\n.*--engine-option"):
-        engine_options(texts)
+        parse_options("--engine-option", texts)
 
 
 @pytest.mark.parametrize("site", ["text.*.xq", "vision_global.*.resid_post"])
