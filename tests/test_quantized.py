@@ -8,8 +8,7 @@ import pytest
 from capture_contract import CaptureContract, Captured, sites_of
 from library_alone import ANSWER, alone, unembedding
 from tiny_models import Listed
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import TorchAoConfig
+from transformers import QuantoConfig
 from zoo import ZOO, samples
 
 from mechanistic.capture.job import capture_run
@@ -31,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def captured(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
     family = ZOO["llava"]
-    eight_bits = TorchAoConfig(Int8WeightOnlyConfig())
+    eight_bits = QuantoConfig(weights="int8")
     loaded = load_model(str(folder), dtype="float32", quantization_config=eight_bits)
     asked, path = samples(family), tmp_path_factory.mktemp("run") / "run"
     capture_run(
@@ -47,5 +46,5 @@ class TestWeightsOfEightBits(CaptureContract):
     """A model whose weights are kept in 8 bits is what the library computes with them."""
 
     def test_quantized__the_run_says_so(self, captured: Captured) -> None:
-        assert "quantization torchao" in format_info(run_info(captured.path))
+        assert "quantization quanto" in format_info(run_info(captured.path))
         assert "head_readout" in captured.run["readout"]
