@@ -103,9 +103,20 @@ def prepare_batch(
     if generate:
         write = adapter_of(loaded.model).answers or generate_answers
         answers = write(loaded.model, loaded.tokenizer, asked.encoded.inputs, max_new_tokens)
+        _check_answers(loaded, samples, answers)
     else:
         answers = [[0] * max_new_tokens for _ in samples]
     return answered(loaded, asked, start, answers, texts)
+
+
+def _check_answers(loaded: LoadedModel, samples: Sequence[Sample], answers: Sequence[Sequence[int]]) -> None:
+    for row, answer in enumerate(answers):
+        if loaded.anatomy.image_token_id in answer:
+            with naming(row):
+                raise CaptureError(
+                    f"The answer to sample '{samples[row].sample_id}' holds the token that marks an image.",
+                    "The model cannot read it again; --max-new-tokens 0 captures the prompt alone.",
+                )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from tiny_models import Listed, llava, picture, samples
 
 import mechanistic.capture.backend as backend
+from mechanistic.capture.answers import generate_answers
 from mechanistic.capture.batch_attempts import attempt
 from mechanistic.capture.dataset import ImageError, open_image
 from mechanistic.capture.failures import failed_samples
@@ -161,6 +162,26 @@ def test_attempt__other_errors_are_not_caught() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         attempt([4, 5], wrong, lambda number, failure: {}, lambda text: None)
+
+
+def test_capture_run__an_answer_with_an_image_token_fails_its_sample_alone(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model would look for the features of an image that is not there."""
+    calls = []
+
+    def write(*args: Any) -> list[list[int]]:
+        answers = generate_answers(*args)
+        calls.append(len(answers))
+        return [[loaded.anatomy.image_token_id or 0], *answers[1:]] if len(calls) == 4 else answers
+
+    monkeypatch.setattr("mechanistic.capture.batch.generate_answers", write)
+    assert capture(loaded, tmp_path / "run").failed == 1
+    # The proof, three batches, and of the last the other sample once more.
+    assert calls == [1, 2, 2, 2, 1]
+    (failed,) = failed_samples(tmp_path / "run")
+    assert failed.sample_id == "s004"
+    assert "holds the token that marks an image" in failed.error
 
 
 def test_capture__exits_3_with_failed_samples_until_they_are_made_good(
