@@ -84,7 +84,7 @@ def capture_on_cluster(
             for done in _parts_done(client, (model, dataset, str(folder)), left, settings):
                 captured += done.captured
                 progress.failed += done.failed
-                progress.advance(done.captured, 0, lambda: read_manifest(folder).stored_bytes)
+                progress.advance(done.captured, None, lambda: read_manifest(folder).stored_bytes)
         except KilledWorker as cause:
             raise CaptureError(
                 f"Workers died again and again over one part of {path} ({cause}).",

@@ -27,13 +27,16 @@ class Progress:
     def __post_init__(self) -> None:
         self.begun = self.shown = time.monotonic()
         self.first = self.done
-        self.tokens = 0
+        self.tokens: int | None = 0
         self.bytes = 0
 
-    def advance(self, samples: int, tokens: int, written: Callable[[], int]) -> None:
-        """Count samples; `written` says how many bytes are on disk, and is asked only when that is shown."""
+    def advance(self, samples: int, tokens: int | None, written: Callable[[], int]) -> None:
+        """Count samples, and tokens unless they are not known (None).
+
+        `written` says how many bytes are on disk, and is asked only when that is shown.
+        """
         self.done += samples
-        self.tokens += tokens
+        self.tokens = None if tokens is None or self.tokens is None else self.tokens + tokens
         pause = TERMINAL_SECONDS if self.stream.isatty() and not self.log_json else LOG_SECONDS
         if not self.quiet and time.monotonic() - self.shown >= pause:
             self.bytes = written()
@@ -58,11 +61,12 @@ class Progress:
         """The line as it is now."""
         state = self.state()
         left = human_seconds(state["seconds_left"]) if state["seconds_left"] is not None else "unknown"
+        rate = state["tokens_per_second"]
+        tokens = f"{rate:,.0f} tokens/s  " if rate is not None else ""
         failed = f"{self.failed} failed  " if self.failed else ""
         return (
             f"{self.done}/{self.total} samples  {state['samples_per_second']:.1f} samples/s  "
-            f"{state['tokens_per_second']:,.0f} tokens/s  {human_bytes(self.bytes)} written  "
-            f"{failed}{left} left"
+            f"{tokens}{human_bytes(self.bytes)} written  {failed}{left} left"
         )
 
     def state(self) -> dict[str, Any]:
@@ -74,7 +78,7 @@ class Progress:
             "samples_total": self.total,
             "failed": self.failed,
             "samples_per_second": new / seconds,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": None if self.tokens is None else self.tokens / seconds,
             "bytes_written": self.bytes,
             "seconds": seconds,
             "seconds_left": (self.total - self.done) * seconds / new if new else None,

@@ -79,6 +79,8 @@ def test_progress__shows_rates_time_left_and_bytes(monkeypatch: pytest.MonkeyPat
     assert stream.getvalue().startswith("\r40/100")
     progress.close(4_000_000)
     assert stream.getvalue().endswith("\n")
+    progress.advance(20, None, lambda: 3_000_000)
+    assert progress.line() == "60/100 samples  4.0 samples/s  4.0 MB written  10 s left"
 
 
 def test_progress__in_a_log_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
