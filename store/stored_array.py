@@ -16,7 +16,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import Blosc
+from numcodecs import Blosc, VLenUTF8, Zstd
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
@@ -28,14 +28,14 @@ Shape = tuple[int, ...]
 Box = tuple[slice, ...]
 
 _DTYPES = ("float16", "float32", "int8", "int16", "int32", "int64", "uint8", "bool")
-_FILL = {"f": "NaN", "i": -1, "u": 0, "b": False}
+_FILL = {"f": "NaN", "i": -1, "u": 0, "b": False, "T": ""}
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 _CHECKSUM = {"name": "crc32c"}
 _INDEX = {"index_codecs": [_LITTLE, _CHECKSUM], "index_location": "end"}
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 _ABSENT = np.iinfo(np.uint64).max
 _BLOSC_HEADER = 16
-_BLOSC = Blosc()
+_BLOSC, _ZSTD, _TEXT = Blosc(), Zstd(), VLenUTF8()
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class StoredArray(BackendArray):
     def of(cls, folder: Path, metadata: Mapping[str, Any]) -> StoredArray | None:
         """The array in a folder, None unless its metadata is just what RunWriter makes it."""
         name, grid, codecs = metadata["data_type"], metadata["chunk_grid"], metadata["codecs"]
-        if name not in _DTYPES or sys.byteorder != "little" or grid["name"] != "regular":
+        if name not in (*_DTYPES, "string") or sys.byteorder != "little" or grid["name"] != "regular":
             return None
         if metadata["chunk_key_encoding"] != _KEYS or metadata.get("storage_transformers"):
             return None
-        dtype, fill = np.dtype(name), metadata["fill_value"]
+        dtype: np.dtype[Any] = np.dtypes.StringDType() if name == "string" else np.dtype(name)
+        fill = metadata["fill_value"]
         unit = chunk = grid["configuration"]["chunk_shape"]
         shard = None
         if codecs[0]["name"] == "sharding_indexed":
@@ -75,13 +76,17 @@ class StoredArray(BackendArray):
                 return None
             codecs = inner
         plain = _LITTLE if dtype.itemsize > 1 else {"name": "bytes"}
+        compressor = "blosc"
+        if name == "string":
+            plain, compressor = {"name": "vlen-utf8", "configuration": {}}, "zstd"
         between = [codec["name"] for codec in codecs[1:-1]]
-        if (codecs[0], between, codecs[-1]) != (plain, ["blosc"], _CHECKSUM):
+        if (codecs[0], between, codecs[-1]) != (plain, [compressor], _CHECKSUM):
             return None
         if fill != _FILL[dtype.kind] or 0 in chunk:
             return None
         shape, attributes = tuple(metadata["shape"]), dict(metadata.get("attributes", {}))
-        return cls(folder, shape, dtype, dtype.type(fill), tuple(chunk), shard, attributes)
+        fill = fill if name == "string" else dtype.type(fill)
+        return cls(folder, shape, dtype, fill, tuple(chunk), shard, attributes)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
@@ -96,7 +101,8 @@ class StoredArray(BackendArray):
         values = np.empty([part.stop - part.start for part in box], self.dtype)
         for place, piece in _cells(box, self.shard or self.chunk):
             self._read_file(place, piece, values, box)
-        return values[tuple(slice(None, None, n.step) if isinstance(n, slice) else 0 for n in key)]
+        # The ellipsis keeps an array of no dimensions an array: of texts a str would come.
+        return values[(*(slice(None, None, n.step) if isinstance(n, slice) else 0 for n in key), ...)]
 
     def _read_file(self, place: Shape, part: Box, values: NDArray[Any], box: Box) -> None:
         """Fill in `part` of the array, which lies in one file, of the values of `box`."""
@@ -129,14 +135,18 @@ class StoredArray(BackendArray):
         if span == (_ABSENT, _ABSENT):
             out[...] = self.fill_value
             return
+        starts = (number * size for number, size in zip(chunk, self.chunk, strict=True))
+        inner = _moved(piece, tuple(slice(start, None) for start in starts))
+        if self.dtype.kind == "T":
+            out[...] = file.texts(*span, self.chunk, inner[0].stop)[inner]
+            return
         data = file.chunk(*span, math.prod(self.chunk) * self.dtype.itemsize)
         if out.shape == self.chunk and out.flags.c_contiguous:
             _BLOSC.decode(data, out)
             return
         whole = np.empty(self.chunk, self.dtype)
         _BLOSC.decode(data, whole)
-        starts = (number * size for number, size in zip(chunk, self.chunk, strict=True))
-        out[...] = whole[_moved(piece, tuple(slice(start, None) for start in starts))]
+        out[...] = whole[inner]
 
 
 class _File:
@@ -161,6 +171,20 @@ class _File:
         if sizes[1] != decoded or sizes[3] != len(data):
             raise self._damaged(f"the chunk at byte {offset} does not hold {decoded} bytes")
         return data
+
+    def texts(self, offset: int, length: int, shape: Shape, rows: int) -> NDArray[Any]:
+        """The first rows of a chunk of texts: a chunk that is not full ends in empty ones."""
+        checked = self._checked(offset, length)
+        try:
+            data = bytearray(_ZSTD.decode(checked))
+            if int.from_bytes(data[:4], "little") != math.prod(shape):
+                raise ValueError("another number of them")
+            data[:4] = (rows * math.prod(shape[1:])).to_bytes(4, "little")
+            texts: NDArray[Any] = _TEXT.decode(data)
+        except (RuntimeError, ValueError) as cause:
+            what = f"the chunk at byte {offset} does not hold {math.prod(shape)} texts"
+            raise self._damaged(what) from cause
+        return texts.reshape(rows, *shape[1:])
 
     def _checked(self, offset: int, length: int) -> NDArray[np.uint8]:
         """Some bytes, less the checksum that ends them."""

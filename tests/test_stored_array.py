@@ -16,7 +16,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numcodecs import Blosc
+from numcodecs import Blosc, Zstd
 from xarray.core.indexing import BasicIndexer
 
 from mechanistic.store import RunWriter, open_run
@@ -82,9 +82,25 @@ def test_stored_array__reads_what_zarr_reads(
     np.testing.assert_array_equal(read(stored(run), *key), whole[key], strict=True)
 
 
-def test_open_run__decodes_what_was_written_and_leaves_the_rest_to_zarr(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["tokens/text/token_text", "samples/options"])
+def test_stored_array__reads_the_texts_that_zarr_reads(run: Path, name: str) -> None:
+    expected = zarr.open_array(str(run / name), mode="r")[...]
+    rest = (slice(None),) * (expected.ndim - 1)
+    for rows in (slice(None), slice(3, 9, 2), slice(0, 0), 5):
+        found = read(stored(run, name), rows, *rest)
+        np.testing.assert_array_equal(found, expected[(rows, ...)], strict=True)
+
+
+@pytest.mark.parametrize("plain", [b"\x05\0\0\0", b"\0\0\1\0\xff\xff\xff\xff", b""])
+def test_stored_array__damaged_texts_are_an_error(run: Path, tmp_path: Path, plain: bytes) -> None:
+    name = "samples/sample_id"
+    shutil.copytree(run / name, tmp_path / name)
+    (tmp_path / name / "c/0").write_bytes(signed(Zstd().encode(plain)))
+    with pytest.raises(CorruptError, match="c/0 is damaged: the chunk at byte 0 does not hold 65536 texts"):
+        read(stored(tmp_path, name), slice(0, 2))
+
+
+def test_open_run__decodes_what_was_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[str] = set()
     decode = StoredArray._read
 
@@ -105,7 +121,7 @@ def test_open_run__decodes_what_was_written_and_leaves_the_rest_to_zarr(
     ):
         xr.testing.assert_identical(ours[group].to_dataset().compute(), plain[group].to_dataset().compute())
     assert {SITE, "tokens/text/is_last_prompt", "image_bytes/data", "samples/correct"} <= seen
-    assert not {"tokens/text/token_text", "samples/sample_id"} & seen, "strings are zarr's"
+    assert {"tokens/text/token_text", "samples/sample_id"} <= seen
 
 
 def test_stored_array__is_for_what_the_writer_writes_only(run: Path) -> None:
@@ -130,7 +146,8 @@ def test_stored_array__is_for_what_the_writer_writes_only(run: Path) -> None:
     assert StoredArray.of(run, metadata) is not None
     for change in others:
         assert StoredArray.of(run, metadata | change) is None, change
-    assert stored(run, "tokens/text/token_text") is None
+    text = json.loads((run / "tokens/text/token_text/zarr.json").read_text())
+    assert StoredArray.of(run, text | {"codecs": [inner[0], *text["codecs"][1:]]}) is None
 
 
 def test_stored_array__travels_to_other_processes(run: Path) -> None:
