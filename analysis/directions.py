@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -9,21 +10,16 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.delayed import delayed
+from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError, DimensionError
 
 from .conditions import Conditions, conditions_of
-from .group_means import group_means
-from .representation_rows import (
-    MAX_BYTES,
-    Representations,
-    RowBlocks,
-    finite_values,
-    layer_numbers,
-    representation_rows,
-    sample_numbers,
-)
+from .finite import require_finite
+from .group_means import group_sums
+from .map_rows import map_rows
+from .representation_rows import Representations, layer_numbers, representation_rows, sample_numbers
+from .single_precision import to_single
 
 
 def class_directions(
@@ -34,7 +30,6 @@ def class_directions(
     site: str = "text/resid_post",
     tokens: str | None = "last",
     layer: int | Sequence[int] | None = None,
-    max_bytes: int = MAX_BYTES,
 ) -> xr.Dataset:
     """Mean of each class, and the differences between means that span the axes of a concept; lazy, one pass.
 
@@ -70,21 +65,28 @@ def class_directions(
     ends = _ends(classes, target, axes)
     feature = str(rows.dims[2])
     names = np.asarray(classes.labels["condition"])
+    units = {"units": rows.attrs.get("units", "1")}
     means = xr.DataArray(
-        _means(rows, classes, max_bytes),
+        _means(rows, classes),
         {"layer": layer_numbers(rows), "class": names},
         ("layer", "class", feature),
-        attrs={"units": rows.attrs.get("units", "1"), "long_name": "mean of the class"},
+        attrs={**units, "long_name": "mean of the class"},
     )
-    starts, stops = (
-        xr.DataArray([ends[axis][end] for axis in ends], {"axis": list(ends)}, ("axis",)) for end in (0, 1)
+    starts, stops = ([end[side] for end in ends.values()] for side in (0, 1))
+    direction, separation, cosine = xr.apply_ufunc(
+        _geometry,
+        means,
+        kwargs={"starts": starts, "stops": stops},
+        input_core_dims=[["class", feature]],
+        output_core_dims=[["axis", feature], ["axis"], ["axis", "other_axis"]],
+        dask="parallelized",
+        output_dtypes=[means.dtype, means.dtype, np.float32],
+        dask_gufunc_kwargs={"output_sizes": {"axis": len(ends), "other_axis": len(ends)}},
     )
-    direction = means.isel({"class": stops}) - means.isel({"class": starts})
-    direction = direction.drop_vars("class", errors="ignore").transpose("layer", "axis", feature)
-    units = {"units": means.attrs["units"]}
     result = xr.Dataset({"class_mean": means, "direction": direction.assign_attrs(units)})
-    result["separation"] = ((direction**2).sum(feature) ** 0.5).assign_attrs(units, long_name="length")
-    result["cosine"] = direction_cosines(direction)["cosine"]
+    result["separation"] = separation.assign_attrs(units, long_name="length")
+    result["cosine"] = cosine.assign_attrs(units="1", long_name="cosine")
+    result = result.assign_coords(axis=list(ends), other_axis=list(ends))
     result["n_row"] = ("class", classes.sizes, {"units": "row"})
     result["n_excluded"] = ((), np.int64(classes.excluded), {"units": "row"})
     result.attrs = {"target": target}
@@ -127,8 +129,16 @@ def direction_cosines(first: xr.DataArray, second: xr.DataArray | None = None) -
     left, right = xr.align(first, other, join="inner", exclude=[name, f"other_{name}", feature])
     if not left.sizes["layer"]:
         raise DimensionError("the directions have no layer in common.", "Their layers are named by number.")
-    cosine = xr.dot(_unit(left, feature), _unit(right, feature), dim=feature)
-    cosine = cosine.transpose("layer", name, f"other_{name}").clip(-1, 1).astype(np.float32)
+    cosine = xr.apply_ufunc(
+        _cosines,
+        left,
+        right,
+        input_core_dims=[[name, feature], [f"other_{name}", feature]],
+        output_core_dims=[[name, f"other_{name}"]],
+        dask="parallelized",
+        output_dtypes=[np.float32],
+        dask_gufunc_kwargs={"allow_rechunk": True},
+    )
     return xr.Dataset({"cosine": cosine.assign_attrs(units="1", long_name="cosine")})
 
 
@@ -173,13 +183,15 @@ def project_rows(
             f"the rows have {rows.shape[2]} features, the directions {directions.shape[-1]}.",
             "Directions transfer between runs of one model and one site.",
         )
-    units = _layers_of(_unit(directions, own).rename({own: feature}), rows)
-    rows = finite_values(rows, feature)
-    projected = xr.dot(rows.astype(np.result_type(rows.dtype, np.float32)), units, dim=feature)
+    names = [str(dim) for dim in directions.dims if dim not in ("layer", own)]
+    given = [_layers_of(directions.rename({own: feature}), rows).transpose("layer", *names, feature)]
     if origin is not None:
-        centre = _layers_of(origin.rename({origin.dims[-1]: feature}), rows)
-        projected = projected - xr.dot(centre, units, dim=feature)
-    projected = projected.transpose(*(dim for dim in rows.dims if dim != feature), ...).astype(np.float32)
+        given.append(_layers_of(origin.rename({origin.dims[-1]: feature}), rows).transpose("layer", feature))
+    sizes = [directions.sizes[name] for name in names]
+    flat = map_rows(_projection_kernel, rows, *given, into="direction", size=math.prod(sizes))
+    values = flat.data if len(sizes) == 1 else flat.data.reshape(*rows.shape[:2], *sizes)
+    named = {name: directions[name] for name in names if name in directions.coords}
+    projected = xr.DataArray(values, {**flat.coords, **named}, (*rows.dims[:2], *names))
     attrs = {"units": rows.attrs.get("units", "1"), "long_name": "projection on the direction"}
     return xr.Dataset({"projection": projected.assign_attrs(attrs)})
 
@@ -204,29 +216,61 @@ def _ends(
     return {axis: (names.index(str(start)), names.index(str(stop))) for axis, (start, stop) in axes.items()}
 
 
-def _means(rows: xr.DataArray, classes: Conditions, max_bytes: int) -> Any:
+def _means(rows: xr.DataArray, classes: Conditions) -> Any:
     """Means (layer, class, feature), lazy."""
-    values = rows.data if classes.excluded == 0 else rows.data[:, classes.rows]
-    blocks = RowBlocks(values, max_bytes)
-    samples = sample_numbers(rows)[classes.rows]
-    parts = []
-    for place, number in enumerate(layer_numbers(rows)):
-        arguments = (blocks.of(place), blocks.starts, samples, number, classes.code, classes.count)
-        task = delayed(group_means)(*arguments)
-        parts.append(da.from_delayed(task, (classes.count, rows.shape[2]), np.float64))
-    return da.stack(parts).astype(np.result_type(rows.dtype, np.float32))
+    values = rows.data if isinstance(rows.data, da.Array) else da.from_array(rows.values, name=False)
+    code = np.full(rows.shape[1], -1)
+    code[classes.rows] = classes.code
+    sums = group_sums(values, layer_numbers(rows), sample_numbers(rows), code, classes.count)
+    means = sums / classes.sizes[:, None]
+    # Of all layers in one task, where they are small: there is less to compute than to administer.
+    return means.astype(np.result_type(rows.dtype, np.float32)).rechunk({0: "auto", 1: -1, 2: -1})
 
 
-def _unit(directions: xr.DataArray, feature: str) -> xr.DataArray:
-    length: xr.DataArray = (directions.astype(np.float64) ** 2).sum(feature) ** 0.5
-    return directions / length.where(length > 0)
+def _geometry(
+    means: NDArray[Any], starts: Sequence[int], stops: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    direction = means[:, stops] - means[:, starts]
+    return direction, np.linalg.norm(direction, axis=-1), _cosines(direction, direction)
+
+
+def _cosines(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float32]:
+    cosines = _unit(first) @ np.swapaxes(_unit(second), -1, -2)
+    return np.clip(cosines, -1, 1).astype(np.float32)
+
+
+def _projection_kernel(
+    values: NDArray[Any],
+    layer: NDArray[np.int64],
+    sample: NDArray[np.int64],
+    directions: NDArray[Any],
+    origin: NDArray[Any] | None = None,
+) -> NDArray[np.float32]:
+    """(layer, row, direction)."""
+    values = values if values.dtype == np.float64 else to_single(values)
+    units = _unit(directions.reshape(len(values), -1, values.shape[-1]))
+    # Along (1, 1, ...) a row is finite only if all of its values are.
+    weights = np.concatenate([units, np.ones_like(units[:, :1])], axis=1).astype(values.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = values @ weights.swapaxes(1, 2)
+    require_finite(values, sample, layer[:, None], sums=products[..., -1])
+    projected = products[..., :-1]
+    if origin is not None:
+        projected = projected - np.vecdot(units, origin[:, None].astype(np.float64))[:, None]
+    return np.asarray(projected, np.float32)
+
+
+def _unit(directions: NDArray[Any]) -> NDArray[np.float64]:
+    """Of length 1, in double precision; NaN for one of length 0."""
+    length = np.linalg.norm(directions.astype(np.float64), axis=-1, keepdims=True)
+    return np.asarray(directions / np.where(length > 0, length, np.nan), np.float64)
 
 
 def _layers_of(directions: xr.DataArray, rows: xr.DataArray) -> xr.DataArray:
-    """The directions of the layers of the rows."""
-    if "layer" not in directions.dims:
-        return directions
+    """The directions of the layers of the rows; one without layers is that of each."""
     wanted = layer_numbers(rows)
+    if "layer" not in directions.dims:
+        return directions.expand_dims(layer=wanted)
     missing = [number for number in wanted if number not in directions["layer"].values]
     if missing:
         raise DimensionError(

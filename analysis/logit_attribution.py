@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mechanistic.store import group, site, sites
 from mechanistic.store.errors import DataError, MissingSiteError, SpecificationError
 
-from .representation_rows import finite_values
+from .map_rows import finite_values
 from .splits import captured_samples
 from .token_selection import select_layers, select_tokens, token_axis
 
@@ -67,7 +67,7 @@ def logit_attribution(
     readout = _readout(run)
     parts = select_layers(_last_rows(run, f"text/{of}"), layer)
     part = parts[of if of in parts else f"{of}_last"]
-    part = finite_values(part, str(part.dims[-1])).astype(np.float32)
+    part = finite_values(part).astype(np.float32)
     part = part.drop_vars(list(part.coords))
     samples = np.asarray(parts["sample_index"].values)
     final, contrast = _final_rows(run, samples), _contrasts(run, readout, samples)
@@ -122,7 +122,7 @@ def _final_rows(run: xr.DataTree, samples: NDArray[Any]) -> xr.DataArray:
         )
     name = "resid_post_last" if "resid_post_last" in rows else "resid_post"
     last = rows[name].isel(layer=[int(np.argmax(rows["layer"].values))], sample=place)
-    return finite_values(last, str(last.dims[-1])).isel(layer=0, drop=True)
+    return finite_values(last).isel(layer=0, drop=True)
 
 
 def _contrasts(run: xr.DataTree, readout: xr.Dataset, samples: NDArray[Any]) -> xr.DataArray:

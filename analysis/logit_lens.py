@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mechanistic.store import group
 from mechanistic.store.errors import DataError
 
 from .finite import require_finite
+from .map_rows import map_rows
 from .readout import Readout
 from .representation_rows import layer_numbers, representation_rows, sample_numbers
 from .single_precision import to_single
@@ -69,17 +71,7 @@ def logit_lens(
     axis = str(rows.dims[1])
     options, answer, place = _options(run, readout, sample_numbers(rows))
     numbers = np.asarray(layer_numbers(rows))
-    labels = {
-        "layer": xr.DataArray(numbers, dims="layer"),
-        axis: xr.DataArray(sample_numbers(rows), dims=axis),
-        "place": xr.DataArray(place, dims=(axis, "option")),
-        "answer": xr.DataArray(answer, dims=axis),
-    }
-    if rows.chunks is not None:
-        rows = rows.chunk({"layer": 1, rows.dims[2]: -1})
-        for name, label in labels.items():
-            labels[name] = label.chunk({dim: rows.chunksizes[dim] for dim in label.dims if dim in rows.dims})
-    result = _lens(rows, labels, readout)
+    result = _lens(rows, place, answer, readout)
     result = result.merge(_first_layers(result["lens_correct"], numbers))
     coords = {name: coord for name, coord in rows.coords.items() if name != "layer"}
     result = result.assign_coords({**coords, "layer": numbers, "options": ((axis, "option"), options)})
@@ -114,23 +106,18 @@ def _options(
     return known[owner], answer[owner], place[owner]
 
 
-def _lens(rows: xr.DataArray, labels: dict[str, xr.DataArray], readout: Readout) -> xr.Dataset:
-    feature = str(rows.dims[2])
-    options = labels["place"].sizes["option"]
-    packed = xr.apply_ufunc(
-        _lens_kernel,
-        rows.reset_coords(drop=True),
-        labels["layer"],
-        labels[str(rows.dims[1])],
-        labels["place"],
-        labels["answer"],
-        kwargs={"readout": readout},
-        input_core_dims=[[feature], [], [], ["option"], []],
-        output_core_dims=[["packed"]],
-        dask="parallelized",
-        output_dtypes=[np.float32],
-        dask_gufunc_kwargs={"output_sizes": {"packed": 2 * options + 3}},
-    )
+def _lens(
+    rows: xr.DataArray, place: NDArray[np.int64], answer: NDArray[np.int64], readout: Readout
+) -> xr.Dataset:
+    axis, options = str(rows.dims[1]), place.shape[1]
+    packed = map_rows(
+        partial(_lens_kernel, readout=readout),
+        rows,
+        xr.DataArray(place, dims=(axis, "option")),
+        xr.DataArray(answer, dims=axis),
+        into="packed",
+        size=2 * options + 3,
+    ).reset_coords(drop=True)
     logit = {"long_name": "logit lens", "units": "logit"}
     share = {"units": "1"}
     parts = {
@@ -158,28 +145,29 @@ def _lens_kernel(
 ) -> Floats:
     """(layer, row, 2 options + 3): logits, probabilities, right probability, gap, correct."""
     residual = to_single(residual)
-    require_finite(residual, sample, layer)
-    words = readout.logits(residual)
-    place = np.broadcast_to(place, (*words.shape[:-1], place.shape[-1]))
-    answer = np.broadcast_to(answer, words.shape[:-1])
-    logits = np.take_along_axis(words, np.maximum(place, 0), axis=-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        words = readout.logits(residual)
+    # NaN and infinity are NaN in the logits of every word.
+    require_finite(residual, sample, layer[:, None], sums=words.sum(axis=-1))
+    # Words and options come first: numpy reduces a short last axis row by row.
+    words = np.ascontiguousarray(np.moveaxis(words, -1, 0))
+    place = np.broadcast_to(place.T[:, None], (place.shape[1], *words.shape[1:]))
+    answer = np.broadcast_to(answer, words.shape[1:])
+    logits = np.take_along_axis(words, np.maximum(place, 0), axis=0)
     held = place >= 0
     masked = np.where(held, logits, -np.inf)
-    top = masked.max(axis=-1, keepdims=True, initial=-1e30)
-    weights = np.exp(masked - top)
+    weights = np.exp(masked - masked.max(axis=0, initial=-1e30))
     with np.errstate(invalid="ignore"):
-        probability = weights / weights.sum(axis=-1, keepdims=True)
-    right = np.maximum(answer, 0)[..., None]
-    scored = (answer >= 0) & np.take_along_axis(held, right, axis=-1)[..., 0] & (held.sum(axis=-1) > 1)
-    others = masked.copy()
-    np.put_along_axis(others, right, -np.inf, axis=-1)
+        probability = weights / weights.sum(axis=0)
+    right = np.maximum(answer, 0)[None]
+    scored = (answer >= 0) & np.take_along_axis(held, right, axis=0)[0] & (held.sum(axis=0) > 1)
+    np.put_along_axis(masked, right, -np.inf, axis=0)
     with np.errstate(invalid="ignore"):
-        gap = np.take_along_axis(logits, right, axis=-1)[..., 0] - others.max(axis=-1)
-    chosen = np.take_along_axis(probability, right, axis=-1)[..., 0]
-    single = np.stack([chosen, gap, gap > 0], axis=-1)
-    known = np.concatenate([held, held, np.repeat(scored[..., None], 3, axis=-1)], axis=-1)
-    packed = np.concatenate([logits, probability, single], axis=-1)
-    return np.where(known, packed, np.nan).astype(np.float32)
+        gap = np.take_along_axis(logits, right, axis=0)[0] - masked.max(axis=0)
+    chosen = np.take_along_axis(probability, right, axis=0)[0]
+    parts = [*np.where(held, logits, np.nan), *np.where(held, probability, np.nan)]
+    parts += [np.where(scored, single, np.nan) for single in (chosen, gap, gap > 0)]
+    return np.moveaxis(np.stack(parts, dtype=np.float32, casting="same_kind"), 0, -1)
 
 
 def _first_layers(correct: xr.DataArray, numbers: NDArray[np.int64]) -> xr.Dataset:

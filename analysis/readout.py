@@ -69,7 +69,7 @@ class Readout:
         values = to_single(residual)
         if self.kind == "layer":
             values = values - values.mean(axis=-1, keepdims=True)
-        scale = np.sqrt(np.einsum("...f,...f->...", values, values) / values.shape[-1] + np.float32(self.eps))
+        scale = np.sqrt(np.vecdot(values, values) / values.shape[-1] + np.float32(self.eps))
         # The norm's weight goes into the few unembedding rows rather than onto every residual.
         logits = (values @ (self.unembed * self.weight).T) / scale[..., None] + self.unembed @ self.bias
         logits = (logits + self.unembed_bias).astype(np.float32)

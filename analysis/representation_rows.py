@@ -10,17 +10,16 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from mechanistic.store import group, sites
 from mechanistic.store import site as site_of
+from mechanistic.store import sites
 from mechanistic.store.errors import DimensionError
-from mechanistic.store.schema import STATUS
 
 from .finite import require_finite
 from .head_rows import heads_as_layers
 from .single_precision import to_single
-from .splits import with_samples
+from .splits import captured_samples, with_samples
 from .take_rows import take_rows
-from .token_selection import select_layers, select_tokens
+from .token_selection import select_layers, select_tokens, token_axis
 
 MAX_BYTES = 256 << 20
 BLOCK_ROWS = 2048
@@ -84,9 +83,9 @@ def representation_rows(
     values = named["representation"].variable
     if values.chunks is not None:
         # Labels are cut like the rows, so that what is computed from both has one chunking.
-        named = named.chunk(
-            {axis: sizes for axis, sizes in values.chunksizes.items() if axis in array.dims[1:2]}
-        )
+        cut = {array.dims[1]: values.chunks[1]}
+        lazy = {name: coord for name, coord in named.coords.items() if coord.chunks is not None}
+        named = named.assign_coords({name: coord.chunk(cut) for name, coord in lazy.items()})
     chosen = select_layers(named, layer)["representation"]
     return heads_as_layers(chosen) if chosen.ndim == 4 else chosen
 
@@ -97,16 +96,14 @@ def _from_run(run: xr.DataTree, site: str, tokens: str | None, labels: Iterable[
     rows = site_of(run, name)
     if name == site:
         rows = select_tokens(rows, tokens)
-    columns = [label for label in dict.fromkeys((*labels, "status")) if label not in rows.variables]
-    held = group(run, "samples").variables
-    rows = with_samples(rows, run, [name for name in columns if name in held or name != "status"])
-    if "sample_index" not in rows.variables:
-        rows = rows.assign_coords(sample_index=("sample", np.arange(rows.sizes["sample"], dtype=np.int32)))
-    if "status" not in rows.variables:
-        return rows
-    good = np.asarray(rows["status"].values) == STATUS["ok"]
-    axis = str(rows["status"].dims[0])
-    return (rows if good.all() else take_rows(rows, axis, np.flatnonzero(good))).drop_vars("status")
+    rows = with_samples(rows, run, [label for label in dict.fromkeys(labels) if label not in rows.variables])
+    axis, owner = "sample", np.arange(rows.sizes.get("sample", 0), dtype=np.int32)
+    if "sample_index" in rows.variables:
+        axis, owner = token_axis(rows), np.asarray(rows["sample_index"].values)
+    # In memory, as it is asked for again and again.
+    rows = rows.assign_coords(sample_index=(axis, owner))
+    good = np.isin(owner, captured_samples(run))
+    return rows if good.all() else take_rows(rows, axis, np.flatnonzero(good))
 
 
 def _only_array(rows: xr.Dataset) -> xr.DataArray:
@@ -134,26 +131,13 @@ def layer_numbers(rows: xr.DataArray) -> list[int]:
     return list(range(rows.sizes["layer"]))
 
 
-def finite_values(rows: xr.DataArray, feature: str) -> xr.DataArray:
-    """The same values (layer, row, ...), lazily, but DataError instead of any that is NaN or infinite."""
-    rows = rows.chunk({feature: -1}) if rows.chunks is not None else rows
-    checked: xr.DataArray = xr.apply_ufunc(
-        _finite_kernel,
-        rows,
-        xr.DataArray(layer_numbers(rows), dims="layer"),
-        xr.DataArray(sample_numbers(rows), dims=str(rows.dims[1])),
-        input_core_dims=[[feature], [], []],
-        output_core_dims=[[feature]],
-        dask="parallelized",
-        output_dtypes=[rows.dtype],
-        keep_attrs=True,
-    )
-    return checked
-
-
-def _finite_kernel(values: NDArray[Any], layer: NDArray[Any], sample: NDArray[Any]) -> NDArray[Any]:
-    require_finite(values, sample, layer)
-    return values
+def row_chunks(values: da.Array) -> da.Array:
+    """The array in blocks of one layer x whole features, of as many rows as it has them stored in."""
+    blocks: da.Array = values.rechunk({0: 1, **dict.fromkeys(range(2, values.ndim), -1)})
+    most = max(1, BLOCK_BYTES // max(1, values.itemsize * int(np.prod(values.shape[2:]))))
+    if max(blocks.chunks[1], default=0) > most:
+        blocks = blocks.rechunk({1: most})
+    return blocks
 
 
 class RowBlocks:

@@ -123,7 +123,7 @@ def test_directions__any_chunking_gives_the_same(row: int, feature: int, layer: 
     lazy = data.chunk(row=row, feature=feature, layer=layer)
     limit = 1 << 28 if held else 1
     expected = class_directions(data, target="word")
-    found = class_directions(lazy, target="word", max_bytes=limit)
+    found = class_directions(lazy, target="word")
     components = principal_components(lazy, components=2, max_bytes=limit)
     projected = project_rows(lazy, expected["direction"])
     for result in (found, components, projected):
@@ -170,9 +170,10 @@ def test_directions__refuse(call: Any, error: type[Exception], text: str) -> Non
         call(rows(VALUES, word=["a", "b", "c"] * 5, one=["x"] * 15))
 
 
-def test_directions__name_what_is_not_finite_or_constant() -> None:
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_directions__name_what_is_not_finite_or_constant(strange: float) -> None:
     broken = VALUES.copy()
-    broken[1, 4, 2] = np.nan
+    broken[1, 4, 2] = strange
     data = rows(broken, word=["a", "b", "c"] * 5, sample_index=np.arange(15) + 50)
     for call in (
         lambda: class_directions(data, target="word"),

@@ -224,3 +224,15 @@ def test_logit_lens__names_what_is_not_finite(bad: float) -> None:
     last["resid_post_last"].values[3, 8, 0] = bad
     with pytest.raises(DataError, match="layer 3 holds NaN or infinity in 1 rows, of sample 8"):
         logit_lens(with_groups(run, text_resid_post_last=last))
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_logit_lens__names_what_is_not_finite_where_no_word_looks(strange: float) -> None:
+    stored = readout()
+    stored["unembed"][:, 5] = 0
+    run = run_with(stored)
+    states = site(run, "text/resid_post_last").compute()
+    states["resid_post_last"][2, 7, 5] = strange
+    broken = with_groups(run, text_resid_post_last=states)
+    with pytest.raises(DataError, match="layer 2 holds NaN or infinity in 1 rows, of sample 7"):
+        logit_lens(broken).compute()
