@@ -59,7 +59,8 @@ from .question_words import question_words
 from .rdm import representational_dissimilarity
 from .rdm_store import open_dissimilarity
 from .sample_image import sample_image
-from .splits import sample_means, summarize, with_samples
+from .sample_means import sample_means
+from .splits import summarize, with_samples
 from .steering import steer
 from .swapped_pairs import swapped_pairs
 from .text_hops import text_hops

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from mechanistic.store.schema import STATUS
 
 from .blocks import sample_spans
 from .intervals import bootstrap_interval, t_interval
-from .take_rows import take_rows
+from .sample_means import Groups, mean_of_groups
 from .token_selection import token_axis
 
 
@@ -62,33 +63,6 @@ def captured_samples(run: xr.DataTree) -> NDArray[np.int64]:
     return np.flatnonzero(np.asarray(samples["status"].values) == STATUS["ok"])
 
 
-def sample_means(dataset: xr.Dataset) -> xr.Dataset:
-    """Average the token rows of each sample; lazy.
-
-    Returns
-    -------
-    the variables with a token axis, that axis replaced by `sample`, one entry for each sample that has rows;
-    `sample_index` says which. NaN where any row is NaN.
-
-    Raises
-    ------
-    DimensionError  there is no token axis.
-    DataError       the rows are not in dataset order.
-    """
-    axis = token_axis(dataset)
-    spans = sample_spans(np.asarray(dataset["sample_index"].values))
-    variables = {}
-    for name, variable in dataset.data_vars.items():
-        if axis not in variable.dims:
-            continue
-        place = variable.dims.index(axis)
-        dims = tuple("sample" if dim == axis else dim for dim in variable.dims)
-        variables[name] = (dims, _mean_by_span(variable.data, spans.start, place), variable.attrs)
-    coords = {name: coord for name, coord in dataset.coords.items() if axis not in coord.dims}
-    result = xr.Dataset(variables, coords, dataset.attrs)
-    return result.assign_coords(sample_index=("sample", spans.sample.astype(np.int32)))
-
-
 def summarize(
     dataset: xr.Dataset,
     *,
@@ -125,20 +99,31 @@ def summarize(
     """
     names = [by] if isinstance(by, str) else list(by)
     axis, _ = _sample_rows(dataset, None)
-    labels = [_labels_of_rows(dataset, name, axis) for name in names]
-    splits = [split_names(dataset[name], values) for name, values in zip(names, labels, strict=True)]
-    summary_of = _summary_of_rows(dataset, axis, method, level, clusters, resamples, seed)
-    parts = []
-    for combination in np.ndindex(*(len(split) for split in splits)):
-        chosen = np.ones(dataset.sizes[axis], bool)
-        for values, split, place in zip(labels, splits, combination, strict=True):
-            chosen &= values == split[place]
-        parts.append(summary_of(np.flatnonzero(chosen)))
-    if not names:
-        return parts[0].assign_attrs(dataset.attrs)
-    flat = xr.concat(parts, "split", coords="minimal", compat="override")
-    shape = dict(zip(names, map(len, splits), strict=True))
-    table = _unstack(flat, shape)
+    splits, code = _splits_of_rows(dataset, names, axis)
+    count = math.prod(map(len, splits))
+    means, split, first = _means_in_splits(dataset, axis, code, count)
+    grouping = None if clusters is None else _labels_of_rows(dataset, clusters, axis)[first]
+    interval = partial(
+        _interval, method=method, level=level, clusters=grouping, resamples=resamples, seed=seed
+    )
+    members = [np.flatnonzero(split == number) for number in range(count)]
+    variables: dict[str, Any] = {}
+    for name, variable in means.data_vars.items():
+        whole = variable.chunk(sample=-1) if variable.chunks is not None else variable
+        computed = xr.apply_ufunc(
+            partial(_means_and_intervals, members=members, interval=interval),
+            whole,
+            input_core_dims=[["sample"]],
+            output_core_dims=[["split", "statistic"]],
+            dask="parallelized",
+            output_dtypes=[np.float64],
+            dask_gufunc_kwargs={"output_sizes": {"split": count, "statistic": 3}},
+        ).transpose("split", ...)
+        for place, suffix in enumerate(("", "_low", "_high")):
+            variables[f"{name}{suffix}"] = computed.isel(statistic=place).assign_attrs(variable.attrs)
+    sizes = np.array([len(rows) for rows in members], np.int64)
+    variables["n_sample"] = xr.DataArray(sizes, dims="split", attrs={"units": "sample"})
+    table = _unstack(xr.Dataset(variables), dict(zip(names, map(len, splits), strict=True)))
     return table.assign_coords(dict(zip(names, splits, strict=True))).assign_attrs(dataset.attrs)
 
 
@@ -160,17 +145,24 @@ def split_names(column: xr.DataArray, labels: NDArray[Any]) -> list[Any]:
     return present
 
 
-def _summary_of_rows(
-    dataset: xr.Dataset,
-    axis: str,
-    method: str,
-    level: float,
-    clusters: str | None,
-    resamples: int,
-    seed: int,
-) -> Callable[[NDArray[np.int64]], xr.Dataset]:
-    """A function from the rows of a split to its summary."""
-    grouping = None if clusters is None else _labels_of_rows(dataset, clusters, axis)
+def _splits_of_rows(
+    dataset: xr.Dataset, names: Sequence[str], axis: str
+) -> tuple[list[list[Any]], NDArray[np.int64]]:
+    """The splits of each label, and the place of each row in the table of them all."""
+    splits, code = [], np.zeros(dataset.sizes[axis], np.int64)
+    for name in names:
+        values = _labels_of_rows(dataset, name, axis)
+        present, place = np.unique(values, return_inverse=True)
+        splits.append(split_names(dataset[name], present))
+        code *= len(present)
+        code += np.array([splits[-1].index(value) for value in present.tolist()], np.int64)[place]
+    return splits, code
+
+
+def _means_in_splits(
+    dataset: xr.Dataset, axis: str, code: NDArray[np.int64], count: int
+) -> tuple[xr.Dataset, NDArray[np.int64], NDArray[np.int64]]:
+    """Means of each sample's rows in each split, in one pass; their split, and the first row of each."""
     numeric = [name for name, v in dataset.data_vars.items() if axis in v.dims and v.dtype.kind in "fiub"]
     if not numeric:
         raise DimensionError(
@@ -178,54 +170,52 @@ def _summary_of_rows(
             "Pass the result of an analysis, such as attention_mass(run).",
         )
     held = dataset[numeric]
-    # Of the labels only the sample is asked for: taking rows of each costs more than reading the numbers.
-    held = held.drop_vars(
-        [name for name in held.coords if axis in held[name].dims and name != "sample_index"]
-    )
-
-    def summary(rows: NDArray[np.int64]) -> xr.Dataset:
-        part = take_rows(held, axis, rows)
-        if not len(rows):
-            # There is nothing to read, and dask has no blocks of no rows.
-            part = xr.zeros_like(part).compute()
-        firsts: Any = slice(None)
-        if "sample_index" in part.variables:
-            firsts = sample_spans(np.asarray(part["sample_index"].values)).start
-            part = sample_means(part)
-        interval = partial(t_interval, level=level)
-        if method == "bootstrap":
-            groups = None if grouping is None else grouping[rows][firsts]
-            interval = partial(
-                bootstrap_interval, level=level, clusters=groups, resamples=resamples, seed=seed
-            )
-        return _summary_of_samples(part, interval)
-
-    return summary
-
-
-def _summary_of_samples(part: xr.Dataset, interval: Any) -> xr.Dataset:
-    whole = part.chunk(sample=-1) if part.chunks else part
-    variables: dict[str, Any] = {}
-    for name, variable in whole.data_vars.items():
-        computed = xr.apply_ufunc(
-            partial(_mean_and_interval, interval=interval),
-            variable,
-            input_core_dims=[["sample"]],
-            output_core_dims=[["statistic"]],
-            dask="parallelized",
-            output_dtypes=[np.float64],
-            dask_gufunc_kwargs={"output_sizes": {"statistic": 3}},
+    held = held.drop_vars([name for name in held.coords if axis in held[name].dims])
+    if "sample_index" not in dataset.variables:
+        return held, code, np.arange(len(code))
+    spans = sample_spans(np.asarray(dataset["sample_index"].values))
+    key = np.repeat(np.arange(len(spans.start)), spans.stop - spans.start) * count + code
+    order = np.argsort(key, kind="stable")
+    start = np.flatnonzero(np.diff(key[order], prepend=-1))
+    groups = Groups(order, start, spans.start)
+    means = {
+        name: (
+            [str(dim) if dim != axis else "sample" for dim in variable.dims],
+            mean_of_groups(variable.data, variable.dims.index(axis), groups),
+            variable.attrs,
         )
-        for place, suffix in enumerate(("", "_low", "_high")):
-            variables[f"{name}{suffix}"] = computed.isel(statistic=place).assign_attrs(variable.attrs)
-    variables["n_sample"] = xr.DataArray(np.int64(part.sizes["sample"]), attrs={"units": "sample"})
-    return xr.Dataset(variables)
+        for name, variable in held.data_vars.items()
+    }
+    first = order[start]
+    return xr.Dataset(means, held.coords), code[first], first
 
 
-def _mean_and_interval(values: NDArray[Any], interval: Any) -> NDArray[np.float64]:
+def _means_and_intervals(
+    values: NDArray[Any], members: Sequence[NDArray[np.int64]], interval: Any
+) -> NDArray[np.float64]:
+    """(..., split, statistic): mean, low, high."""
     values = np.asarray(values, np.float64)
-    mean = values.mean(axis=-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
-    return np.stack([mean, *interval(values)], axis=-1)
+    statistics = []
+    for rows in members:
+        part = values[..., rows]
+        mean = part.mean(axis=-1) if len(rows) else np.full(part.shape[:-1], np.nan)
+        statistics.append(np.stack([mean, *interval(part, rows)], axis=-1))
+    return np.stack(statistics, axis=-2)
+
+
+def _interval(
+    values: NDArray[Any],
+    rows: NDArray[np.int64],
+    method: str,
+    level: float,
+    clusters: NDArray[Any] | None,
+    resamples: int,
+    seed: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if method == "t":
+        return t_interval(values, level=level)
+    own = None if clusters is None else clusters[rows]
+    return bootstrap_interval(values, level=level, clusters=own, resamples=resamples, seed=seed)
 
 
 def _labels_of_rows(dataset: xr.Dataset, name: str, axis: str) -> NDArray[Any]:
@@ -258,43 +248,6 @@ def _look_up(values: NDArray[Any], index: Any) -> Any:
 
 def _take(index: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(values[index])
-
-
-def _mean_by_span(values: Any, start: NDArray[np.int64], place: int) -> Any:
-    """Means over the rows from each start to the next, on axis `place`."""
-    if not isinstance(values, da.Array):
-        return _reduce_spans(np.asarray(values), start, place)
-    dtype = np.result_type(values.dtype, np.float32)
-    edges = np.cumsum(values.chunks[place])
-    # A block ends where the sample ends that its last row belongs to.
-    firsts = np.unique(np.searchsorted(start, np.concatenate([[0], edges[:-1]]), side="left"))
-    firsts = firsts[firsts < len(start)]
-    row_edges = np.append(start[firsts], values.shape[place])
-    rows = tuple(np.diff(row_edges).tolist())
-    counts = tuple(np.diff(np.append(firsts, len(start))).tolist())
-    local = np.concatenate([start[a : a + n] - start[a] for a, n in zip(firsts, counts, strict=True)])
-    dims = tuple(range(values.ndim))
-    starts = da.from_array(local, chunks=(counts,))
-    return da.blockwise(
-        partial(_reduce_spans, place=place),
-        dims,
-        values.rechunk({place: rows}),
-        dims,
-        starts,
-        (place,),
-        adjust_chunks={place: counts},
-        align_arrays=False,
-        dtype=dtype,
-        meta=np.empty((0,) * values.ndim, dtype),
-    )
-
-
-def _reduce_spans(values: NDArray[Any], start: NDArray[np.int64], place: int) -> NDArray[Any]:
-    counts = np.diff(np.append(start, values.shape[place]))
-    shape = [1] * values.ndim
-    shape[place] = -1
-    sums = np.add.reduceat(values, start, axis=place, dtype=np.float64)
-    return np.asarray(sums / counts.reshape(shape)).astype(np.result_type(values.dtype, np.float32))
 
 
 def _unstack(flat: xr.Dataset, shape: dict[str, int]) -> xr.Dataset:
