@@ -27,8 +27,8 @@ _LONG_NAMES = {
 
 
 def compare_rdms(
-    first: xr.Dataset,
-    second: xr.Dataset | None = None,
+    first: xr.Dataset | xr.DataArray,
+    second: xr.Dataset | xr.DataArray | None = None,
     *,
     method: Method = "spearman",
     permutations: int = 0,
@@ -99,7 +99,8 @@ def compare_rdms(
     return result if lazy else result.compute()
 
 
-def _matrices(rdm: xr.Dataset) -> xr.DataArray:
+def _matrices(rdm: xr.Dataset | xr.DataArray) -> xr.DataArray:
+    rdm = rdm if isinstance(rdm, xr.Dataset) else rdm.to_dataset(name="dissimilarity")
     values = rdm.get("dissimilarity")
     if values is None or values.ndim < 2 or values.dims[-2:] != ("condition", "other"):
         held = ", ".join(

@@ -14,7 +14,7 @@ from .rdm_inference import Inference, check_options, prepared_matrix
 from .rdm_similarity import Floats, Method, midranks, prepare, similarity, square, upper
 
 
-def noise_ceiling(rdms: xr.Dataset, *, over: str, method: Method = "spearman") -> xr.Dataset:
+def noise_ceiling(rdms: xr.Dataset | xr.DataArray, *, over: str, method: Method = "spearman") -> xr.Dataset:
     """How well any model could do, given how much repeated matrices of the same conditions differ.
 
     Each matrix is compared with the mean of all of them (upper bound), and of all others (lower bound), after
@@ -41,6 +41,7 @@ def noise_ceiling(rdms: xr.Dataset, *, over: str, method: Method = "spearman") -
     Nili et al. (2014), PLoS Computational Biology 10, e1003553.
     """
     check_options(Inference(method))
+    rdms = rdms if isinstance(rdms, xr.Dataset) else rdms.to_dataset(name="dissimilarity")
     values = rdms.get("dissimilarity")
     needed = {over, "condition", "other"}
     if values is None or len(needed) < 3 or not needed <= {*values.dims}:

@@ -247,3 +247,9 @@ def test_compare_rdms__refuses_what_cannot_be_compared() -> None:
         constant = np.zeros((1, 8, 8)) if method in ("cosine", "whitened") else np.ones((1, 8, 8)) * 0.1
         with pytest.raises(DataError, match="of model 0 are the same for all pairs"):
             compare_rdms(rdms(random_matrices(1)), rdms(constant, "model"), method=method)
+
+
+def test_compare_rdms__takes_the_arrays_themselves() -> None:
+    data = rdms(random_matrices(3))
+    found = compare_rdms(data["dissimilarity"], data["dissimilarity"].isel(layer=[0]))
+    xr.testing.assert_identical(found, compare_rdms(data, data.isel(layer=[0])))

@@ -29,7 +29,7 @@ def test_noise_ceiling__by_definition() -> None:
 def test_noise_ceiling__of_each_head() -> None:
     values = random_matrices(12).reshape(3, 2, 2, *random_matrices(1).shape[1:])
     heads = xr.Dataset({"dissimilarity": (("seed", "layer", "head", "condition", "other"), values)})
-    bounds = noise_ceiling(heads, over="seed")["ceiling_low"]
+    bounds = noise_ceiling(heads["dissimilarity"], over="seed")["ceiling_low"]
     assert bounds.dims == ("layer", "head")
     one = noise_ceiling(rdms(values[:, 1, 0], "seed"), over="seed")["ceiling_low"]
     assert float(bounds[1, 0]) == float(one)
