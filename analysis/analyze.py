@@ -27,6 +27,7 @@ from .logit_lens import logit_lens
 from .plot_head_map import plot_head_map
 from .plot_layers import plot_layers
 from .plot_probe import plot_probe
+from .plot_rdm import plot_rdm
 from .rdm import representational_dissimilarity
 from .splits import summarize, with_samples
 from .two_hop import two_hop
@@ -70,6 +71,12 @@ def _rollout(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path)
         units="1", long_name="attention rollout on image tokens"
     )
     _layers(run, shares.to_dataset(name="image"), options, path)
+
+
+def _rdm(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) -> None:
+    for layer in result["layer"].values.tolist():
+        title = f"{options.target} at {options.tokens}, layer {layer}"
+        plot_rdm(result, layer=layer, title=title, save_path=path.with_name(f"{path.name}_layer{layer}.png"))
 
 
 def _probe(run: xr.DataTree, result: xr.Dataset, options: Options, path: Path) -> None:
@@ -126,6 +133,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "rdm": Analysis(
         "representational dissimilarity (correlation) of --target's values at every layer",
         lambda run, o: representational_dissimilarity(run, conditions=o.target, site=o.site, tokens=o.tokens),
+        _rdm,
         per_sample=False,
     ),
     "cka": Analysis(
@@ -151,6 +159,8 @@ def analyze_run(
     allow_partial: bool = False,
 ) -> list[Path]:
     """Compute the analyses called `names` and write, under `output`, NAME.zarr, NAME.csv and NAME*.png.
+
+    CKA has no picture.
 
     Returns
     -------

@@ -99,7 +99,8 @@ def _add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "analyze",
         help="compute analyses of a run, without its model, and save numbers and pictures",
         description="Compute analyses of a run, out of core and without its model or torch. Each one writes "
-        "NAME.zarr (the labelled result), NAME.csv (its mean, interval and n in each split) and NAME*.png.",
+        "NAME.zarr (the labelled result), NAME.csv (its mean, interval and n in each split) and, "
+        "but for cka, NAME*.png.",
         epilog=f"analyses:\n{listed}\n\nexample:\n  mechanistic analyze RUN mass probe --by correct",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

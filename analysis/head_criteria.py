@@ -66,7 +66,7 @@ def head_criteria(
             left_out[name] = cause.what
     if not found:
         raise MissingSiteError(
-            "nothing in this run says how important a head is: " + " ".join(left_out.values()),
+            "nothing in this run says how important a head is: " + " ".join(dict.fromkeys(left_out.values())),
             "Capture --sites 'text.*.q[text]' 'text.*.k[all]', or z[last] with resid_post[last].",
         )
     return found, left_out

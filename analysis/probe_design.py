@@ -181,6 +181,8 @@ def _require_sets(sets: NDArray[np.int64], what: str, folds: int) -> None:
     count = len(np.unique(sets))
     if count < folds:
         raise DataError(
-            f"{what} {count} sets, but each of {folds} folds must test it.",
-            f"Use folds={count}, or capture more samples." if count >= 3 else "Capture more samples.",
+            f"{what} {count} {'set' if count == 1 else 'sets'}, but each of {folds} folds must test it.",
+            f"Use folds={count}, or capture more samples."
+            if count >= 3
+            else "Leave out the rows of so few sets, choose another target, or capture more samples.",
         )

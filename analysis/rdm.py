@@ -174,7 +174,8 @@ def _plan(
     needed = 2 * 4 * grouped.count * parts * rows.shape[2]
     if averaged and needed > max_bytes:
         raise DataError(
-            f"the means of {grouped.count} conditions in {parts} partitions take {needed >> 20} MiB a layer.",
+            f"the means of {grouped.count} conditions in {parts} partitions take {needed / 2**20:.3g} MiB a "
+            f"layer, not {max_bytes / 2**20:.3g} MiB.",
             f"Pass max_bytes={needed}, or fewer conditions.",
         )
     noise = None

@@ -43,6 +43,14 @@ def test_analyze__rollout_is_drawn_over_layers(tmp_path: Path) -> None:
     assert (tmp_path / "rollout_image.png").stat().st_size > 5000
 
 
+def test_analyze__an_rdm_is_drawn_for_each_layer(tmp_path: Path) -> None:
+    analysis = ANALYSES["rdm"]
+    assert analysis.draw is not None
+    run = synthetic_run()
+    analysis.draw(run, analysis.compute(run, Options()), Options(), tmp_path / "rdm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"rdm_layer{layer}.png" for layer in range(4)]
+
+
 def test_analyze__table_holds_the_split_means(demo_run: Path, tmp_path: Path) -> None:
     assert main(["analyze", str(demo_run), "mass", "--by", "relation", "--output-dir", str(tmp_path)]) == 0
     with (tmp_path / "mass.csv").open() as file:

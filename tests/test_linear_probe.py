@@ -212,6 +212,10 @@ def test_linear_probe__errors() -> None:
         linear_probe(PLANTED, target="status")
     with pytest.raises(DataError, match="class 'above' occurs in 3 sets, but each of 5 folds"):
         linear_probe(synthetic_run(), target="relation")
+    with pytest.raises(
+        DataError, match=r"'above' occurs in 1 set, but each of 5 folds .*\n  Leave out the rows"
+    ):
+        linear_probe(synthetic_run(sets=1), target="relation")
     with pytest.raises(SpecificationError, match="'box_x0' is continuous; logistic"):
         linear_probe(PLANTED, target="box_x0", tokens="image", method="logistic")
     with pytest.raises(SpecificationError, match="no method 'svm'"):
