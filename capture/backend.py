@@ -18,24 +18,24 @@ from .readout import build_readout
 from .room import Room
 from .similarity import option_similarities
 from .sites import ResolvedSite, attended
+from .tables import Rows
 from .token_table import TokenTexts
 
 if TYPE_CHECKING:
     from .models import LoadedModel
-
-Arrays = dict[str, dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class Captured:
     """A batch and what was kept of it.
 
-    `arrays` by group and name, (layer, row, ...); `logits` at each sample's last prompt token, (sample,
-    vocabulary), None for a model without any; `similarities` is what `option_similarities` returns.
+    `arrays` by group and name, (layer, row, ...) or of each layer (row, ...); `logits` at each sample's last
+    prompt token, (sample, vocabulary), None for a model without any; `similarities` is what
+    `option_similarities` returns.
     """
 
     batch: Batch
-    arrays: Arrays
+    arrays: Rows
     logits: NDArray[np.float32] | None
     similarities: list[list[float]] | None = None
 

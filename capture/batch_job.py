@@ -13,6 +13,7 @@ import numpy as np
 
 from mechanistic.store import RunWriter
 from mechanistic.store.errors import MechanisticError, SpecificationError
+from mechanistic.store.growing import Values
 from mechanistic.store.root import open_root
 
 from .adapters import adapter_of
@@ -261,7 +262,7 @@ class Job:
         batch, settings = captured.batch, self.settings
         tokenizer, written = self.loaded.tokenizer, settings.max_new_tokens > 0
         answers = sample_answers(captured, tokenizer, options=self.survey.options, written=written)
-        rows: Rows = {
+        rows: dict[str, Mapping[str, Values]] = {
             "samples": sample_rows(batch, self.survey, **vars(answers)),
             "tokens/text": joined(batch.decoder),
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechanistic.store import GroupSchema
+from mechanistic.store.growing import Values
 
 from .tables import Rows
 
@@ -24,7 +24,7 @@ def split_rows(rows: Rows, samples: int, groups: Sequence[GroupSchema]) -> list[
             edges[target] = ends[edges[path]]
     pieces = []
     for sample in range(samples):
-        piece: Rows = {}
+        piece: dict[str, Mapping[str, Values]] = {}
         for group in groups:
             if group.path not in rows:
                 continue
@@ -42,7 +42,7 @@ def place_rows(rows: Rows, before: Mapping[str, int], groups: Sequence[GroupSche
     return _moved(rows, _pointers(groups), before)
 
 
-def _edges(columns: Mapping[str, NDArray[Any]], group: GroupSchema, samples: int) -> NDArray[np.int64]:
+def _edges(columns: Mapping[str, Values], group: GroupSchema, samples: int) -> NDArray[np.int64]:
     steps = np.arange(samples + 1)
     if "sample_index" in columns:
         return np.searchsorted(columns["sample_index"], steps)
@@ -59,15 +59,15 @@ def _pointers(groups: Sequence[GroupSchema]) -> dict[tuple[str, str], str]:
     }
 
 
-def _cut(values: NDArray[Any], axis: int, first: int, last: int) -> NDArray[Any]:
-    return values[(slice(None),) * axis + (slice(first, last),)]
+def _cut(values: Values, axis: int, first: int, last: int) -> Values:
+    return [layer[first:last] for layer in values] if axis else values[first:last]
 
 
 def _moved(rows: Rows, pointers: Mapping[tuple[str, str], str], by: Mapping[str, int]) -> Rows:
     moved = {path: dict(columns) for path, columns in rows.items()}
     for (path, name), target in pointers.items():
         if path in moved:
-            values = moved[path][name]
+            values = np.asarray(moved[path][name])
             shift = np.asarray(by.get(target, 0), values.dtype)
             moved[path][name] = np.where(values < 0, values, values + shift)
     return moved

@@ -22,10 +22,11 @@ from .host_copies import HostCopies
 from .mask_rules import MaskRule, SequenceLayout, check_cross_rule, check_rule
 from .models import LoadedModel
 from .residual import Halves, residual_hooks
-from .room import Room
+from .room import Memory, Room, seen_as
 from .row_sites import RowSites
 from .sites import ResolvedSite, attended
 from .specification import RESIDUAL_SITES, ROW_SITES
+from .tables import Rows
 from .tap import AttentionCall, tapped
 from .token_table import joined, select
 
@@ -45,7 +46,8 @@ class Collector:
     def __init__(self, sites: Sequence[ResolvedSite], batch: Batch, device: torch.device, room: Room) -> None:
         self.sites = {(site.stack.name, site.spec.site): [] for site in sites}  # type: dict[tuple[str, str], list[ResolvedSite]]
         self.where: dict[str, Where] = {}
-        self.arrays: dict[str, Array] = {}
+        self._room = room
+        self._memory: dict[tuple[str, int], Memory | None] = {}
         self._stretches: dict[str, list[Stretch] | None] = {}
         self._copies = HostCopies()
         self._missing: set[tuple[str, int]] = set()
@@ -56,8 +58,7 @@ class Collector:
             where = rows_of(site, batch)
             self.where[site.group] = tuple(index.to(device) for index in where)
             self._stretches[site.group] = stretches(where) if device.type == "cpu" else None
-            shape = (len(site.layers), len(where[0]), *site.row_shape)
-            self.arrays[site.group] = room.empty(shape, site.dtype)
+            self._memory |= {(site.group, layer): None for layer in site.layers}
             # Samples without images have no encoder forward.
             self._missing |= {(site.group, layer) for layer in site.layers if len(where[0])}
 
@@ -100,11 +101,20 @@ class Collector:
     def _put(self, site: ResolvedSite, layer: int, where: slice, rows: Tensor) -> None:
         if site.heads is not None and len(site.heads) != rows.shape[1]:
             rows = rows[:, list(site.heads)]
-        target = self.arrays[site.group][site.layers.index(layer), where]
-        self._copies.put(in_stored_dtype(rows, site, layer), target)
+        self._copies.put(in_stored_dtype(rows, site, layer), self._rows(site, layer)[where])
 
-    def finish(self) -> dict[str, Array]:
-        """The arrays by group. CaptureError unless every wanted layer was seen."""
+    def _rows(self, site: ResolvedSite, layer: int) -> Array:
+        """In memory taken when the layer comes by: by then the batch before may be written, and its free."""
+        memory = self._memory[site.group, layer]
+        if memory is None:
+            memory = self._memory[site.group, layer] = self._room.take(*self._form(site))
+        return seen_as(memory, *self._form(site))
+
+    def _form(self, site: ResolvedSite) -> tuple[tuple[int, ...], str]:
+        return (len(self.where[site.group][0]), *site.row_shape), site.dtype
+
+    def finish(self) -> Rows:
+        """The rows of every layer, by group and name. CaptureError unless every wanted layer was seen."""
         if self._missing:
             group, layer = sorted(self._missing)[0]
             raise CaptureError(
@@ -112,7 +122,13 @@ class Collector:
                 "The model skips layers or attends by code of its own; leave this site out.",
             )
         self._copies.finish()
-        return self.arrays
+        return {
+            site.group: {site.name: self._layers(site)} for group in self.sites.values() for site in group
+        }
+
+    def _layers(self, site: ResolvedSite) -> list[Array]:
+        form = self._form(site)
+        return [self._room.lend(self._memory[site.group, layer], *form) for layer in site.layers]
 
 
 def rows_of(site: ResolvedSite, batch: Batch) -> Where:
@@ -171,11 +187,11 @@ def capture_forward(
     halves: Mapping[str, Halves | None],
     rules: Mapping[str, Mapping[int, MaskRule]],
     room: Room,
-) -> tuple[dict[str, dict[str, Array]], NDArray[np.float32] | None]:
+) -> tuple[Rows, NDArray[np.float32] | None]:
     """One forward over prompt and answer, what is kept of it in `room`.
 
-    Returns the arrays of every site by group and name, (layer, row, ...), and the logits at each sample's
-    last prompt token, (sample, vocabulary), where the model has any.
+    Returns the arrays of every site by group and name, of each layer (row, ...), and the logits at each
+    sample's last prompt token, (sample, vocabulary), where the model has any.
 
     Raises
     ------
@@ -198,8 +214,7 @@ def capture_forward(
             hooks = residual_hooks(stack, wanted, halves.get(stack.name), collector.take)
             active.enter_context(hooks)
         logits = last_prompt_logits(loaded.model, batch)
-    kept = {group: {group.rpartition("/")[2]: values} for group, values in collector.finish().items()}
-    return kept | row_sites.finish(), logits
+    return {**collector.finish(), **row_sites.finish()}, logits
 
 
 class AttentionWatch:

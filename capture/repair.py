@@ -190,11 +190,11 @@ class Repair:
             placed = self.job.placed(rows, {**begin, "samples": row})
             for place in places:
                 axis = self._axes[place.group, place.array]
-                place.fill(placed[place.group][place.array], begin[place.group], axis)
+                place.fill(np.asarray(placed[place.group][place.array]), begin[place.group], axis)
             if edges is None:
                 for group in seen:
                     name, values = next(iter(rows[group].items()))
-                    seen[group] += values.shape[self._axes[group, name]]
+                    seen[group] += len(values[0] if self._axes[group, name] else values)
         return wanted
 
     def _recaptured(self, wanted: set[int]) -> Iterator[tuple[int, Rows]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mechanistic.store.growing import Values
 from mechanistic.store.schema import STATUS
 
 from .batch import Batch
 from .survey import FORWARD_SAMPLES, OPTION_NOTE, Survey
 
-Rows = dict[str, dict[str, NDArray[Any]]]
+Rows = Mapping[str, Mapping[str, Values]]
 
 
 def sample_rows(

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 
 from mechanistic.store.errors import CaptureError, ModelError
 
 from .answers import end_ids, until
-from .backend import Arrays, Captured
+from .backend import Captured
 from .batch import Asked, Batch, answered, ask
 from .dataset import Sample
 from .failures import naming
@@ -35,6 +36,8 @@ from .vllm_prover import Prover, Single, check_prompt, request_of
 from .vllm_readout import engine_readout
 from .vllm_sampling import sampling
 from .vllm_spool import Spool, heads_of, is_stored_as
+
+Arrays = dict[str, dict[str, NDArray[Any]]]
 
 
 class VllmBackend:

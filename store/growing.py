@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,10 @@ ENCODERS_MAX = 8
 WRITERS = 8
 # As much as glibc takes notice of.
 KEPT_BYTES = 31 << 20
+
+Array = NDArray[Any]
+# Rows of an array. Those of one with layers may be one piece of memory a layer.
+Values = Array | Sequence[Array]
 
 
 def create_array(group: zarr.Group, schema: ArraySchema, axis: str) -> None:
@@ -98,10 +103,10 @@ class GrowingArray:
         self._dirty = False
         self.start = rows // self.shard_rows * self.shard_rows
         self.count = 0
-        self.buffer = self._room()
+        self.buffers = self._room()
         if rows > self.start:
             # The rows of the shard that is not full yet; encoded again, they are the same bytes.
-            held = np.asarray(array[self._at(self.start, rows)])
+            held = np.asarray(array[(slice(None),) * self.axis + (slice(self.start, rows),)])
             self.append(held.astype(object) if self.dtype == "string" else held)
             self._dirty = False
 
@@ -109,22 +114,23 @@ class GrowingArray:
     def rows(self) -> int:
         return self.start + self.count
 
-    def append(self, values: NDArray[Any]) -> None:
+    def append(self, values: Values) -> None:
         """Add rows, which must not change until `encoded` returns.
 
         A dtype or a fixed dimension that differs raises, since a cast would be silent.
         """
-        self._check(values)
-        done, total = 0, values.shape[self.axis]
+        layers = self._layers(values)
+        done, total = 0, len(layers[0])
         while done < total:
             filled = self.count % self.chunk_rows
             step = min(total - done, self.chunk_rows - filled)
-            block = values[self._at(done, done + step)]
+            block = [layer[done : done + step] for layer in layers]
             if step < self.chunk_rows:
                 if not filled:
                     self.encoded()
-                self.buffer[self._at(filled, filled + step)] = block
-                block = self.buffer
+                for buffer, rows in zip(self.buffers, block, strict=True):
+                    buffer[filled : filled + step] = rows
+                block = self.buffers
             self._dirty = True
             self.count += step
             done += step
@@ -149,8 +155,9 @@ class GrowingArray:
         chunks = list(self._encoded)
         filled = self.count % self.chunk_rows
         if filled:
-            self.buffer[self._at(filled, self.chunk_rows)] = self.fill_value
-            chunks.append(self._encode(self.buffer))
+            for buffer in self.buffers:
+                buffer[filled:] = self.fill_value
+            chunks.append(self._encode(self.buffers))
         self._write(chunks)
 
     def settle(self) -> None:
@@ -169,28 +176,33 @@ class GrowingArray:
         for file in writing:
             file.result()
 
-    def _check(self, values: NDArray[Any]) -> None:
-        got = "string" if values.dtype.kind in "UTO" else str(values.dtype)
-        want, have = list(self.shape), list(values.shape)
-        if len(want) == len(have):
-            want[self.axis] = have[self.axis] = -1
-        if got != self.dtype or want != have:
+    def rows_in(self, values: Values) -> int:
+        """How many rows are in what `append` takes."""
+        return len(values[0]) if self.axis else len(values)
+
+    def _layers(self, values: Values) -> list[Array]:
+        """The rows of each layer; of an array without layers, all of them."""
+        layers = list(values) if self.axis else [np.asarray(values)]
+        lead, own = self.shape[: self.axis], self.shape[self.axis + 1 :]
+        have = {("string" if each.dtype.kind in "UTO" else str(each.dtype), each.shape) for each in layers}
+        kinds = {(len(layers), dtype, shape[1:]) for dtype, shape in have}
+        if len(have) != 1 or kinds != {(*(lead or (1,)), self.dtype, own)}:
+            got = " and ".join(
+                f"{dtype} {(len(layers),) * self.axis + shape}" for dtype, shape in sorted(have)
+            )
             raise StoreError(
-                f"{self.path.name} takes {self.dtype} {tuple(want)}; these rows are {got} {tuple(have)}.",
+                f"{self.path.name} takes {self.dtype} {(*lead, -1, *own)}; these rows are {got}.",
                 "Nothing is cast in silence: give the array the dtype and dimensions of its schema.",
             )
+        return layers
 
-    def _room(self) -> NDArray[Any]:
-        shape = list(self.shape)
-        shape[self.axis] = self.chunk_rows
-        return np.empty(shape, object if self.dtype == "string" else self.dtype)
+    def _room(self) -> list[Array]:
+        shape = (self.chunk_rows, *self.shape[self.axis + 1 :])
+        layers = self.shape[0] if self.axis else 1
+        return [np.empty(shape, object if self.dtype == "string" else self.dtype) for _ in range(layers)]
 
-    def _at(self, start: int, stop: int) -> tuple[slice, ...]:
-        return (slice(None),) * self.axis + (slice(start, stop),)
-
-    def _encode(self, rows: NDArray[Any]) -> list[Future[Encoded]]:
+    def _encode(self, layers: Sequence[Array]) -> list[Future[Encoded]]:
         """Start encoding one chunk of every layer."""
-        layers = rows if self.axis else rows[None]
         begun = [self._threads.encode.submit(self._codec.encode, layer) for layer in layers]
         self._encoding += begun
         return begun

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from .growing import GrowingArray, Threads
 from .manifest import Manifest, consolidate, deconsolidate, sync
 from .verify import damaged_files, place_of
 from .writer import folders_of
-
-Rows = Mapping[str, Mapping[str, NDArray[Any]]]
 
 
 @dataclass

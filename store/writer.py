@@ -11,16 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import numpy as np
 import xarray as xr
 import zarr
 from isal.isal_zlib import crc32
-from numpy.typing import NDArray
 
 from .differences import differences, other_settings
 from .disk import full_disk, needed
 from .draft import create_root, names_of, new_draft, remove_dead_drafts, sync_all
 from .errors import StoreError
-from .growing import GrowingArray, Threads, dimensions
+from .growing import GrowingArray, Threads, Values, dimensions
 from .lock import locked, release_lock, take_lock
 from .manifest import MANIFEST, Manifest, consolidate, deconsolidate, sync
 from .schema import GroupSchema
@@ -101,14 +101,17 @@ class RunWriter:
         """How many rows a growing group has, with those that are not committed yet."""
         return next(iter(self._arrays[group].values())).rows
 
-    def append(self, rows: Mapping[str, Mapping[str, NDArray[Any]]], *, samples: int) -> None:
-        """Add the rows of the next `samples` samples: {group: {array: values}}, every array of a group."""
+    def append(self, rows: Mapping[str, Mapping[str, Values]], *, samples: int) -> None:
+        """Add the rows of the next `samples` samples: {group: {array: values}}, every array of a group.
+
+        Values with a dimension `layer` may be one array, or a list of one for each layer.
+        """
         self._given += samples
-        self._given_bytes += sum(values.nbytes for columns in rows.values() for values in columns.values())
+        self._given_bytes += sum(_bytes(values) for columns in rows.values() for values in columns.values())
         with full_disk(self.path, self._needs):
             for group, columns in rows.items():
                 arrays = self._arrays[group]
-                lengths = {arrays[n].axis: v.shape[arrays[n].axis] for n, v in columns.items() if n in arrays}
+                lengths = {n: arrays[n].rows_in(values) for n, values in columns.items() if n in arrays}
                 if columns.keys() != arrays.keys() or len(set(lengths.values())) > 1:
                     odd = sorted(columns.keys() ^ arrays.keys()) or lengths
                     raise StoreError(
@@ -239,6 +242,10 @@ def _open_group(path: Path, axis: str, rows: int, threads: Threads) -> dict[str,
     group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
     growing = [name for name, array in group.arrays() if axis in dimensions(array)]
     return {name: GrowingArray(path / name, axis, rows, threads) for name in growing}
+
+
+def _bytes(values: Values) -> int:
+    return values.nbytes if isinstance(values, np.ndarray) else sum(layer.nbytes for layer in values)
 
 
 def file_entry(file: Path) -> tuple[int, int]:

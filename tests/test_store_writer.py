@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,39 @@ def test_writer__never_casts(tmp_path: Path) -> None:
         rows = small_run.rows(0)
         rows["text/resid_post"]["resid_post"] = rows["text/resid_post"]["resid_post"].astype(np.float64)
         with pytest.raises(StoreError, match=r"resid_post takes float32 .* these rows are float64"):
+            writer.append(rows, samples=1)
+
+
+def test_writer__takes_layers_one_by_one(tmp_path: Path) -> None:
+    for name in ("whole", "layers"):
+        with RunWriter.create(tmp_path / name, small_run.ATTRIBUTES, small_run.groups(), samples=2) as writer:
+            for sample in range(2):
+                rows: dict[str, Any] = small_run.rows(sample)
+                if name == "layers":
+                    values = rows["text/resid_post"]["resid_post"]
+                    rows["text/resid_post"]["resid_post"] = [layer.copy() for layer in values]
+                writer.append(rows, samples=1)
+            writer.finish()
+    hashes = {read_manifest(tmp_path / name).content_sha256() for name in ("whole", "layers")}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("odd", ["layers", "rows", "dtype"])
+def test_writer__refuses_layers_that_do_not_match(tmp_path: Path, odd: str) -> None:
+    with RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, small_run.groups(), samples=12) as writer:
+        rows: dict[str, Any] = small_run.rows(0)
+        layers = list(rows["text/resid_post"]["resid_post"])
+        other = {"layers": [], "rows": [layers[-1][:-1]], "dtype": [layers[-1].astype(np.float16)]}
+        rows["text/resid_post"]["resid_post"] = layers[:-1] + other[odd]
+        with pytest.raises(StoreError, match="resid_post takes float32"):
+            writer.append(rows, samples=1)
+
+
+def test_writer__refuses_columns_of_unequal_length(tmp_path: Path) -> None:
+    with RunWriter.create(tmp_path / "run", small_run.ATTRIBUTES, small_run.groups(), samples=12) as writer:
+        rows = small_run.rows(0)
+        rows["tokens/text"]["position"] = rows["tokens/text"]["position"][:-1]
+        with pytest.raises(StoreError, match=r"do not fit its arrays: .*'position': "):
             writer.append(rows, samples=1)
 
 
