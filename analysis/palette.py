@@ -83,7 +83,7 @@ def add_legend(ax: Axes, lines: Mapping[str, Artist], **style: Any) -> None:
 
 
 def save(figure: Figure, path: str | Path | None) -> None:
-    """Write the figure where asked, making the folder."""
+    """Write the figure where asked, making the folder; large enough for all of its words."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -21,6 +21,7 @@ from mechanistic.analysis import (
     linear_probe,
     plot_attention_heatmap,
     plot_attention_on_image,
+    plot_head_map,
     plot_layers,
     plot_probe,
     summarize,
@@ -262,3 +263,12 @@ def test_colours__splits_keep_theirs() -> None:
     assert colours(["incorrect", "unscored", "correct"]) == [VERMILLION, GREY, BLUE]
     others = colours(["left", "right", "above", "below", "correct"])
     assert len(set(others)) == 5
+
+
+def test_plots__a_file_holds_all_of_a_title_that_is_wider_than_the_axes(tmp_path: Path) -> None:
+    path = tmp_path / "map.png"
+    title = "a title that goes on " * 5
+    plot_head_map(xr.DataArray(np.ones((2, 3)), dims=("layer", "head")), title=title, save_path=path)
+    dark = np.asarray(Image.open(path).convert("L")) < 128
+    assert dark.any()
+    assert not dark[:, [0, -1]].any(), "what touches an edge is cut"
