@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mechanistic.store.errors import DimensionError
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -51,6 +52,13 @@ def one_line(text: object) -> str:
     for character, written in _BREAKS.items():
         shown = shown.replace(character, written)
     return shown
+
+
+def quantity(variable: xr.DataArray, name: str = "") -> str:
+    """What a variable shows, with its unit unless it is a pure number; `name` where it has no long name."""
+    what = str(variable.attrs.get("long_name", name or str(variable.name or "").replace("_", " ")))
+    units = str(variable.attrs.get("units", "1"))
+    return what if units in ("", "1", "(1)^2") else f"{what} ({units})"
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (5.4, 3.6)) -> tuple[Figure, Axes]:

@@ -14,7 +14,7 @@ from mechanistic.store.errors import DataError, DimensionError
 from mechanistic.store.schema import KIND
 
 from .attention_weights import PATTERN, pattern_of, plain_array
-from .palette import VERMILLION, literal, new_axes, save
+from .palette import VERMILLION, literal, new_axes, quantity, save
 from .patch_density import overlaps, patch_density
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def plot_attention_on_image(
     if isinstance(attention, xr.Dataset):
         attention = _variable(attention)
     if isinstance(attention, xr.DataArray):
-        label = label or _label(attention)
+        label = label or quantity(attention, "" if attention.name else "attention weight")
         if boxes is None and num_patches is None:
             row = one_sample(attention, sample)
             attention, boxes = labelled_row(row, image_index, tile, several=True)
@@ -168,12 +168,6 @@ def _variable(dataset: xr.Dataset) -> xr.DataArray:
     """The one variable of a result, or its attention_pattern."""
     names = [name for name, variable in dataset.data_vars.items() if variable.dtype.kind == "f"]
     return dataset[names[0]] if len(names) == 1 and PATTERN not in names else pattern_of(dataset)
-
-
-def _label(row: xr.DataArray) -> str:
-    what = str(row.attrs.get("long_name", str(row.name or "attention weight").replace("_", " ")))
-    units = str(row.attrs.get("units", "1"))
-    return f"{what} ({'share' if units == '1' else units})"
 
 
 def one_sample(row: xr.DataArray, sample: int | None) -> xr.DataArray:

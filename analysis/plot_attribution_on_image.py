@@ -13,7 +13,7 @@ from mechanistic.store.errors import DataError, DimensionError
 
 from .attention_weights import plain_array
 from .attribution_table import attribution_of
-from .palette import BLUE, VERMILLION, literal, new_axes, save
+from .palette import BLUE, VERMILLION, literal, new_axes, quantity, save
 from .plot_attention_on_image import image_pixels, labelled_row, one_sample, picture_size, square_boxes
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def plot_attribution_on_image(
     if isinstance(attribution, xr.Dataset):
         attribution = attribution_of(attribution)
     if isinstance(attribution, xr.DataArray) and boxes is None and num_patches is None:
-        label = label or attribution_label(attribution)
+        label = label or quantity(attribution, "" if attribution.name else "attribution")
         attribution, boxes = labelled_row(one_sample(attribution, sample), image_index, tile)
     values = plain_array(attribution)
     if values.ndim != 1 or not values.size:
@@ -100,13 +100,6 @@ def signed_ramp(values: NDArray[Any], alpha: float) -> tuple[Colormap, tuple[flo
     ramp = ListedColormap([*against, *((*to_rgb(VERMILLION), opacity) for opacity in steps)])
     largest = float(np.abs(values).max()) or 1.0
     return ramp, (-largest if against else 0, largest)
-
-
-def attribution_label(attribution: xr.DataArray) -> str:
-    """What the colours of an attribution mean, for its colour bar."""
-    name = str(attribution.attrs.get("long_name", attribution.name or "attribution"))
-    units = attribution.attrs.get("units", "1")
-    return name if units == "1" else f"{name} ({units})"
 
 
 def _overlay(

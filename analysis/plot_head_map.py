@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError, DimensionError
 
-from .palette import NOTHING, SEQUENTIAL, literal, new_axes, save
+from .palette import NOTHING, SEQUENTIAL, literal, new_axes, quantity, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,9 +86,7 @@ def _table(values: Any) -> tuple[NDArray[np.float64], list[int], list[int], str]
                 "Average or choose the others: values.mean('sample'), values.sel(criterion='box_auroc').",
             )
         values = values.transpose("layer", "head")
-        units = str(values.attrs.get("units", ""))
-        own = str(values.attrs.get("long_name", str(values.name or "").replace("_", " ")))
-        own += f" ({units})" if units not in ("", "1") else ""
+        own = quantity(values)
         numbers = [[int(number) for number in values[dim].values] for dim in ("layer", "head")]
         table = np.asarray(values.values, np.float64)
     else:

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mechanistic.store.errors import DimensionError
 
-from .palette import add_legend, colours, literal, new_axes, one_line, quiet, save
+from .palette import add_legend, colours, literal, new_axes, one_line, quantity, quiet, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def plot_layers(
             low, high = (np.asarray(line[f"{variable}_{end}"].values) for end in ("low", "high"))
             ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
     label_layers(ax, summary["layer"])
-    ax.set_ylabel(literal(label or _axis_label(summary[variable])))
+    ax.set_ylabel(literal(label or quantity(summary[variable])))
     ax.set_title(literal(title), fontsize=10)
     add_legend(ax, lines)
     quiet(ax)
@@ -88,9 +88,3 @@ def _split(summary: xr.Dataset, variable: str, by: str | None) -> str | None:
             "Leave layer and one split: average before summarising, .mean('head'), or select, .isel(...).",
         )
     return others[0] if others else None
-
-
-def _axis_label(variable: xr.DataArray) -> str:
-    what = str(variable.attrs.get("long_name", str(variable.name).replace("_", " ")))
-    units = str(variable.attrs.get("units", ""))
-    return f"{what} ({'share' if units == '1' else units})" if units else what

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError, DimensionError
 
-from .palette import literal, new_axes, save
+from .palette import literal, new_axes, quantity, save
 from .plot_attention_on_image import image_pixels, picture_size
-from .plot_attribution_on_image import attribution_label, signed_ramp
+from .plot_attribution_on_image import signed_ramp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def plot_pixel_attribution(
     drawn = ax.imshow(
         values, cmap=ramp, vmin=limits[0], vmax=limits[1], extent=(x0, x1, y1, y0), interpolation="nearest"
     )
-    figure.colorbar(drawn, ax=ax, label=attribution_label(canvas))
+    figure.colorbar(drawn, ax=ax, label=quantity(canvas, "" if canvas.name else "attribution"))
     ax.set(xlim=(0, width), ylim=(height, 0), xlabel="x (pixel)", ylabel="y (pixel)")
     ax.set_title(literal(title), fontsize=10)
     save(figure, save_path)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mechanistic.store.errors import DimensionError
 
-from .palette import SEQUENTIAL, literal, new_axes, one_line, save
+from .palette import SEQUENTIAL, literal, new_axes, one_line, quantity, save
 from .splits import row_labels, split_names
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def plot_rdm(
     extent = (-0.5, count - 0.5, count - 0.5, -0.5)
     image = ax.imshow(matrix.values, cmap=SEQUENTIAL, extent=extent, interpolation="nearest")
     bar = figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
-    bar.set_label(literal(label or _colour_label(matrix)), fontsize=9)
+    bar.set_label(literal(label or quantity(matrix, "dissimilarity")), fontsize=9)
     if names is not None:
         _mark_splits(ax, names[order])
     elif count <= MAX_TICKS and "condition" in matrix.coords:
@@ -145,11 +145,6 @@ def _mark_conditions(ax: Axes, names: NDArray[Any]) -> None:
     texts = [one_line(name) for name in names]
     ax.set_xticks(np.arange(len(texts)), texts, rotation=45, ha="right", fontsize=8)
     ax.set_yticks(np.arange(len(texts)), texts, fontsize=8)
-
-
-def _colour_label(matrix: xr.DataArray) -> str:
-    what, units = str(matrix.attrs.get("long_name", "dissimilarity")), str(matrix.attrs.get("units", "1"))
-    return what if units in ("1", "(1)^2") else f"{what} ({units})"
 
 
 def _title(matrix: xr.DataArray) -> str:

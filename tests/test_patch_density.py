@@ -59,7 +59,7 @@ def test_plot_attention_on_image__rollout_and_flow() -> None:
     figure, ax = plot_attention_on_image(IMAGE, rolled.isel(layer=0), sample=3)
     mine = (rolled["sample_index"] == 3) & (rolled["kind"] == 1)
     np.testing.assert_allclose(drawn_cells(ax)[0], rolled["attention_rollout"].values[0, mine.values])
-    assert "attention rollout (share)" in texts_of(figure)
+    assert "attention rollout" in texts_of(figure)
     square = attention_rollout(RUN, sample=3).isel(layer=-1, query=-1)
     figure, ax = plot_attention_on_image(IMAGE, square)
     assert drawn_cells(ax)[1].tolist()[3] == [32, 32, 64, 64]

@@ -224,7 +224,7 @@ def test_plot_layers__lines_intervals_and_sizes() -> None:
     counts = summary["n_sample"].values
     assert labels == [f"incorrect, n = {counts[0]}", f"correct, n = {counts[1]}"]
     assert [line.get_color() for line in ax.lines] == [VERMILLION, BLUE]
-    assert ax.get_ylabel() == "attention mass on image tokens (share)"
+    assert ax.get_ylabel() == "attention mass on image tokens"
     assert ax.get_xlabel() == "layer"
 
 
