@@ -17,7 +17,9 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
+from dask.array.core import slices_from_chunks
+from dask.base import optimize, tokenize
+from dask.local import get_sync
 from numpy.typing import NDArray
 
 from mechanistic.store.errors import DataError
@@ -131,7 +133,6 @@ def map_blocks(
         key_columns=key_columns,
         new_axes=dict(zip(extra, shape, strict=True)),
         adjust_chunks={1: blocks.samples} if per == "sample" else None,
-        concatenate=True,
         align_arrays=False,
         dtype=dtype,
         meta=np.empty((0,) * (2 + len(shape)), dtype),
@@ -140,13 +141,15 @@ def map_blocks(
 
 def _call_kernel(
     layers: NDArray[Any],
-    query: NDArray[Any],
-    key: NDArray[Any],
+    queries: list[list[NDArray[Any]]],
+    keys: list[list[NDArray[Any]]],
     *columns: NDArray[Any],
     kernel: BlockKernel,
     query_columns: tuple[str, ...],
     key_columns: tuple[str, ...],
 ) -> NDArray[Any]:
+    # Blocks have all heads and features: for dask to join its lists of one would copy them.
+    [[query]], [[key]] = queries, keys
     of_query = dict(zip(query_columns, columns, strict=False))
     of_key = dict(zip(key_columns, columns[len(query_columns) :], strict=True))
     results = [
@@ -241,7 +244,7 @@ def _regrouped(array: xr.DataArray, axis: str, rows: list[int]) -> xr.DataArray:
         meta=values._meta,
     )
     labels = {
-        name: label.chunk({axis: tuple(rows)}) if axis in label.dims else label
+        name: label.variable.chunk({axis: tuple(rows)}) if axis in label.dims else label
         for name, label in array.coords.items()
     }
     return xr.DataArray(read, labels, array.dims, array.name, array.attrs)
@@ -256,8 +259,12 @@ class _Source:
 
     def __call__(self, layer: NDArray[np.int64], block: NDArray[np.int64]) -> NDArray[Any]:
         rows = slice(self.edges[block[0]], self.edges[block[0] + 1])
-        part = self.array[layer[0] : layer[0] + 1, rows]
-        return np.asarray(part.compute(scheduler="synchronous"))
+        [part] = optimize(self.array[layer[0] : layer[0] + 1, rows])
+        values = np.empty(part.shape, part.dtype)
+        # One after the other: dask would hold all the pieces while it joins them.
+        for place, where in zip(np.ndindex(part.numblocks), slices_from_chunks(part.chunks), strict=True):
+            values[where] = get_sync(part.dask, (part.name, *place))
+        return values
 
 
 def _column(array: xr.DataArray, name: str, chunks: tuple[int, ...]) -> Any:
