@@ -21,7 +21,7 @@ from .backend import Captured, backend_of
 from .batch import Batch
 from .batch_attempts import attempt
 from .batch_plan import batches, committable, windows
-from .batch_rows import place_rows, split_rows
+from .batch_rows import lengths, place_rows, split_rows
 from .dataset import Dataset
 from .failures import SampleError, failed_rows
 from .forward import site_rows
@@ -196,10 +196,14 @@ class Job:
 
     def append(self, writer: RunWriter, pieces: Sequence[Rows], progress: Progress) -> None:
         """Put the rows of whole samples behind those that the run has."""
+        before, placed = {group.path: writer.rows(group.path) for group in self.groups}, []
         for rows in pieces:
-            before = {group.path: writer.rows(group.path) for group in self.groups}
-            writer.append(self.placed(rows, before), samples=1)
-            progress.advance(1, len(rows["tokens/text"]["position"]), lambda: writer.bytes_written)
+            placed.append(self.placed(rows, before))
+            for path, length in lengths(rows, self.groups).items():
+                before[path] += length
+        writer.append(*placed, samples=len(placed))
+        tokens = sum(len(rows["tokens/text"]["position"]) for rows in pieces)
+        progress.advance(len(pieces), tokens, lambda: writer.bytes_written)
 
     def windows(self, span: range) -> Iterator[list[int]]:
         """The samples of a span that are captured, then written, together; of every part the same."""

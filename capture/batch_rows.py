@@ -42,6 +42,17 @@ def place_rows(rows: Rows, before: Mapping[str, int], groups: Sequence[GroupSche
     return _moved(rows, _pointers(groups), before)
 
 
+def lengths(rows: Rows, groups: Sequence[GroupSchema]) -> dict[str, int]:
+    """How many rows each group gets of these."""
+    found = {}
+    for group in groups:
+        if group.path in rows:
+            array = group.arrays[0]
+            values = rows[group.path][array.name]
+            found[group.path] = len(values[0]) if array.dims.index(group.axis) else len(values)
+    return found
+
+
 def _edges(columns: Mapping[str, Values], group: GroupSchema, samples: int) -> NDArray[np.int64]:
     steps = np.arange(samples + 1)
     if "sample_index" in columns:

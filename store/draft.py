@@ -15,9 +15,10 @@ from typing import IO, Any
 import zarr
 
 from .errors import OutputExistsError
-from .growing import WRITERS, create_array
+from .growing import WRITERS
 from .lock import locked, take_lock
 from .manifest import Manifest, sync
+from .node_metadata import create_array, create_group
 from .schema import FORMAT, FORMAT_VERSION, GroupSchema
 
 
@@ -54,16 +55,15 @@ def create_root(
     draft: Path, manifest: Manifest, attributes: Mapping[str, Any], groups: Sequence[GroupSchema]
 ) -> None:
     """Write the metadata of every group, and a manifest of nothing."""
-    root = zarr.create_group(str(draft), zarr_format=3)
     stamp = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "run_id": manifest.run_id,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    root.attrs.update({**stamp, **attributes})
+    create_group(draft, {**stamp, **attributes})
     for group in groups:
-        _create_group(root, group)
+        _create_group(draft, group)
         manifest.axes[group.path] = group.axis
         manifest.rows[group.path] = 0
     manifest.write(draft)
@@ -77,16 +77,22 @@ def sync_all(folder: Path) -> None:
         list(threads.map(sync, [folder, *folder.rglob("*")]))
 
 
-def _create_group(root: zarr.Group, schema: GroupSchema) -> None:
+def _create_group(root: Path, schema: GroupSchema) -> None:
+    folder = root / schema.path
+    if folder.parent != root and not folder.parent.exists():
+        create_group(folder.parent, {})
     tokens = schema.axis in ("token", "patch") and not schema.path.startswith("tokens/")
     labels = [a.name for a in schema.arrays if tokens and a.dims == (schema.axis,)]
-    group = root.require_group(schema.path)
-    group.attrs.update({**schema.attrs, "coordinates": " ".join(sorted([*labels, *schema.coords]))})
+    create_group(folder, {**schema.attrs, "coordinates": names_of([*labels, *schema.coords])})
     for array in schema.arrays:
-        create_array(group, array, schema.axis)
+        create_array(folder / array.name, array, schema.axis)
     for name, values in schema.coords.items():
-        stored = group.create_array(
-            name, shape=values.shape, chunks=values.shape, dtype=values.dtype, dimension_names=[name]
+        stored = zarr.create_array(
+            str(folder / name),
+            shape=values.shape,
+            chunks=values.shape,
+            dtype=values.dtype,
+            dimension_names=[name],
         )
         stored[...] = values
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from .chunk_codec import ChunkCodec, Encoded, shard_index
 from .chunk_file import write_file
 from .errors import StoreError
-from .layout import Layout, compressors, layout
-from .schema import ArraySchema
+from .node_metadata import METADATA, ArrayMetadata
 
 ENCODERS_MAX = 8
 # Most of their time is waiting for the disk to have it.
@@ -29,22 +28,6 @@ KEPT_BYTES = 31 << 20
 Array = NDArray[Any]
 # Rows of an array. Those of one with layers may be one piece of memory a layer.
 Values = Array | Sequence[Array]
-
-
-def create_array(group: zarr.Group, schema: ArraySchema, axis: str) -> None:
-    """Write the metadata of an empty array, chunked and encoded as the format says."""
-    plan: Layout = layout(schema, axis)
-    group.create_array(
-        schema.name,
-        shape=schema.shape(axis, 0),
-        chunks=plan.chunk,
-        shards=plan.shard,
-        dtype="str" if schema.dtype == "string" else schema.dtype,
-        compressors=compressors(schema.dtype),
-        fill_value=schema.fill_value,
-        dimension_names=list(schema.dims),
-        attributes=dict(schema.attrs),
-    )
 
 
 def dimensions(array: zarr.Array[Any]) -> list[str]:
@@ -85,17 +68,14 @@ class GrowingArray:
 
     def __init__(self, path: Path, axis: str, rows: int, threads: Threads) -> None:
         self.path = path
-        array = zarr.open_array(str(path), mode="r+")
-        self.axis = dimensions(array).index(axis)
-        self.unit, self.chunk = array.shards or array.chunks, array.chunks
-        self.sharded = array.shards is not None
+        told = ArrayMetadata.read(path)
+        self.axis = told.dims.index(axis)
+        self.unit, self.chunk, self.sharded = told.unit, told.chunk, told.sharded
         self.shard_rows, self.chunk_rows = self.unit[self.axis], self.chunk[self.axis]
-        self.dtype = "string" if array.dtype.kind in "TO" else str(array.dtype)
-        self.fill_value = array.fill_value
-        self.shape = array.shape
+        self.dtype, self.fill_value, self.shape = told.dtype, told.fill_value, told.shape
         # Files written since they were last asked for: size and CRC-32.
         self.written: dict[Path, tuple[int, int]] = {}
-        self._codec = ChunkCodec(_chunk_codecs(path), array.fill_value)
+        self._codec = ChunkCodec(told.codecs, told.fill_value)
         self._threads = threads
         self._encoded: list[list[Future[Encoded]]] = []
         self._encoding: list[Future[Encoded]] = []
@@ -106,6 +86,7 @@ class GrowingArray:
         self.buffers = self._room()
         if rows > self.start:
             # The rows of the shard that is not full yet; encoded again, they are the same bytes.
+            array = zarr.open_array(str(path), mode="r")
             held = np.asarray(array[(slice(None),) * self.axis + (slice(self.start, rows),)])
             self.append(held.astype(object) if self.dtype == "string" else held)
             self._dirty = False
@@ -114,12 +95,19 @@ class GrowingArray:
     def rows(self) -> int:
         return self.start + self.count
 
-    def append(self, values: Values) -> None:
-        """Add rows, which must not change until `encoded` returns.
+    def append(self, *pieces: Values) -> None:
+        """Add rows, piece after piece, which must not change until `encoded` returns.
 
         A dtype or a fixed dimension that differs raises, since a cast would be silent.
         """
-        layers = self._layers(values)
+        blocks = [self._layers(values) for values in pieces]
+        if not self.axis and len(blocks) > 1:
+            # A table has many short columns, whose calls cost more than their bytes.
+            blocks = [[np.concatenate([rows for (rows,) in blocks])]]
+        for layers in blocks:
+            self._append(layers)
+
+    def _append(self, layers: list[Array]) -> None:
         done, total = 0, len(layers[0])
         while done < total:
             filled = self.count % self.chunk_rows
@@ -164,10 +152,10 @@ class GrowingArray:
         """Wait until every row is on disk, then start giving the array its true length; `wait` again."""
         self.wait()
         if self.shape[self.axis] != self.rows:
-            metadata = json.loads((self.path / "zarr.json").read_bytes())
+            metadata = json.loads((self.path / METADATA).read_bytes())
             metadata["shape"][self.axis] = self.rows
             text = json.dumps(metadata, indent=2).encode()
-            self._writing.append(self._threads.write.submit(write_file, self.path / "zarr.json", [text]))
+            self._writing.append(self._threads.write.submit(write_file, self.path / METADATA, [text]))
             self.shape = tuple(metadata["shape"])
 
     def wait(self) -> None:
@@ -236,11 +224,3 @@ class GrowingArray:
         # A chunk of nothing but fill values is not stored; absence is its correct encoding.
         if pieces:
             self.written[file] = write_file(file, [*pieces, shard_index(chunks)] if self.sharded else pieces)
-
-
-def _chunk_codecs(path: Path) -> list[dict[str, Any]]:
-    """The codecs of one chunk, which a shard has inside its own."""
-    codecs: list[dict[str, Any]] = json.loads((path / "zarr.json").read_bytes())["codecs"]
-    if codecs[0]["name"] == "sharding_indexed":
-        return list(codecs[0]["configuration"]["codecs"])
-    return codecs

@@ -18,7 +18,8 @@ from mechanistic.store import ArraySchema
 from mechanistic.store.chunk_codec import ChunkCodec
 from mechanistic.store.chunk_file import STAGE_BYTES, write_file
 from mechanistic.store.errors import FormatError
-from mechanistic.store.growing import GrowingArray, Threads, create_array
+from mechanistic.store.growing import GrowingArray, Threads
+from mechanistic.store.node_metadata import create_array
 
 LAYERS, WIDTH = 5, 6
 
@@ -41,7 +42,8 @@ def small_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def create(folder: Path, dtype: str = "float32") -> Path:
     schema = ArraySchema("x", ("layer", "token", "d"), dtype, {"layer": LAYERS, "d": WIDTH})
-    create_array(zarr.create_group(str(folder), zarr_format=3), schema, "token")
+    folder.mkdir()
+    create_array(folder / "x", schema, "token")
     return folder / "x"
 
 
