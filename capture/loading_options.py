@@ -9,6 +9,8 @@ from typing import Any
 
 from mechanistic.store.errors import UsageError
 
+_WORDS = {"true": True, "false": False, "none": None}
+
 
 def add_place_options(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """Where a model runs, and whose code it may run."""
@@ -28,7 +30,7 @@ def place_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_options(flag: str, texts: Sequence[str], besides: Container[str] = ()) -> dict[str, Any]:
-    """Options written as KEY=VALUE behind a flag; values are read as Python's own words, and else stay text.
+    """Options written as KEY=VALUE behind a flag; values are Python's words in any case, and else stay text.
 
     >>> parse_options("--engine-option", ["tensor_parallel_size=2", "model_impl=transformers"])
     {'tensor_parallel_size': 2, 'model_impl': 'transformers'}
@@ -46,7 +48,8 @@ def parse_options(flag: str, texts: Sequence[str], besides: Container[str] = ())
                 f"Write it like {flag} name=4096.",
             )
         try:
-            options[key] = ast.literal_eval(value)
+            word = value.lower()
+            options[key] = _WORDS[word] if word in _WORDS else ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key] = value
     return options

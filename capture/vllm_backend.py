@@ -215,7 +215,10 @@ class VllmBackend:
             length = int(asked.encoded.lengths[row])
             with naming(row):
                 self._check_length(asked.samples[row], length + limit + 1)
-            requests.append(Request(self.tokens(prompt.text), [image.pixels for image in asked.images[row]]))
+            pixels = [image.pixels for image in asked.images[row]]
+            # Without an image the engine has nothing to put into a prompt.
+            tokens = self.tokens(prompt.text) if pixels else asked.encoded.ids(row).tolist()
+            requests.append(Request(tokens, pixels))
         return requests
 
     def _answers(

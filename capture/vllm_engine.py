@@ -7,7 +7,9 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mechanistic.store.errors import CaptureError, ModelError, UsageError
 # From, and up to but not including.
 SUPPORTED = ((0, 32), (0, 33))
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
+SHUTDOWN_SECONDS = 20.0
 EXTENSION = "mechanistic.capture.vllm_worker.CaptureExtension"
 # What a capture decides itself, and why nothing else would do.
 FIXED: Mapping[str, tuple[Any, str]] = {
@@ -54,7 +57,7 @@ class Engine:
 
     Raises
     ------
-    UsageError    vLLM is missing, or of a version that was not tested.
+    UsageError    vLLM is missing, of a version that was not tested, or has no such option.
     ModelError    the engine does not start, or may not start the processes that it needs.
     """
 
@@ -119,7 +122,8 @@ class Engine:
     def close(self) -> None:
         """Stop the engine's processes and remove its files."""
         with suppress(Exception):
-            self.llm.llm_engine.engine_core.shutdown()
+            # Killed at once, as by default, they leave shared memory behind.
+            self.llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
         self.folder.cleanup()
 
 
@@ -189,9 +193,24 @@ def _settings(*, in_process: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def check_names(options: Mapping[str, Any]) -> None:
+    """UsageError for an option that this version of vLLM does not have."""
+    from vllm import LLM, EngineArgs
+
+    known = {*signature(LLM).parameters, *(field.name for field in fields(EngineArgs))}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        near = get_close_matches(unknown[0], known, 1)
+        raise UsageError(
+            f"vLLM has no option '{unknown[0]}'.",
+            f"Did you mean {near[0]}?" if near else "Its options are those of vllm serve, with _ for -.",
+        )
+
+
 def _start(source: str, options: dict[str, Any]) -> Any:
     from vllm import LLM
 
+    check_names(options)
     try:
         return LLM(model=source, **options)
     # A missing file, a foreign architecture and too little memory are reported in many ways.

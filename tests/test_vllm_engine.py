@@ -85,7 +85,10 @@ def test_check_options__refuses_what_would_lose_tokens(name: str, value: Any) ->
 
 def test_parse_options__are_words_of_python_or_text() -> None:
     given = ["max_model_len=4096", "model_impl=transformers", "quiet=True", 'limit={"image": 2}', "a=b=c"]
+    given += ["in_process=false", "cap=none"]
     assert parse_options("--engine-option", given) == {
+        "in_process": False,
+        "cap": None,
         "max_model_len": 4096,
         "model_impl": "transformers",
         "quiet": True,

@@ -23,8 +23,9 @@ from mechanistic.analysis import compare_runs
 from mechanistic.capture.job import capture_run
 from mechanistic.capture.models import load_model
 from mechanistic.capture.repair import repair_run
+from mechanistic.capture.vllm_engine import check_names
 from mechanistic.store import open_run, read_manifest
-from mechanistic.store.errors import CaptureError
+from mechanistic.store.errors import CaptureError, UsageError
 from mechanistic.store.merge import merge_run
 
 LOST = ("text/resid_post/resid_post", "vision/q/q")
@@ -177,3 +178,11 @@ def test_capture_run__a_sample_that_is_too_long_fails_alone(
     assert 0 < done.failed < 6
     (first, *_) = [text for text in held["error"].values.tolist() if text]
     assert "the engine takes 18" in first
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("max_modl_len", "Did you mean max_model_len"), ("colour", "those of vllm serve")]
+)
+def test_check_names__an_option_that_vllm_does_not_have(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=rf"vLLM has no option '{name}'\.\n.*{hint}"):
+        check_names({"max_num_seqs": 8, name: 3})
