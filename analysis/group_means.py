@@ -79,10 +79,13 @@ def _block_sums(
     total = np.zeros((groups, values.shape[2]))
     held = code >= 0
     rows, code = (values[0], code) if held.all() else (values[0][held], code[held])
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         _add(total, rows, code)
     if not np.isfinite(total).all():
         require_finite(rows, samples[held], layer[0])
+        # Finite values, whose sum is more than single precision holds.
+        total[...] = 0
+        _add(total, rows.astype(np.float64), code)
     return total[None, None]
 
 

@@ -49,6 +49,12 @@ def test_directions__by_hand() -> None:
     assert every["cosine"].sel(axis="b - a", other_axis="c - b").item() == pytest.approx(-np.sqrt(0.5))
 
 
+def test_directions__means_of_values_whose_sum_single_precision_does_not_hold() -> None:
+    data = rows(np.full((1, 4, 2), 3e38, np.float32), word=["a", "a", "b", "b"])
+    found = class_directions(data, target="word", axes={"x": ("a", "b")})
+    np.testing.assert_array_equal(found["class_mean"].values, np.full((1, 2, 2), np.float32(3e38)))
+
+
 def test_directions__find_the_planted_axis_in_its_layer_only() -> None:
     found = class_directions(PLANTED, target="relation", axes=AXES).compute()
     separation = found["separation"]
