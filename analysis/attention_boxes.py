@@ -152,7 +152,8 @@ def _ranks(scores: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[n
     """
     from scipy.stats import rankdata
 
-    bits = scores.view(np.uint32)
+    # Less than nothing and nothing are one number, with two patterns of bits.
+    bits = (scores + np.float32(0)).view(np.uint32)
     # Positive floats order like their bits, negative ones the other way round.
     ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     packed = np.where(allowed, ordered, 0).astype(np.uint64) << np.uint64(32)

@@ -31,10 +31,14 @@ MASKED = np.float32(-1e30)
 # Scores and their exponentials are read several times: they should stay in a core's own cache.
 TILE_BYTES = 1 << 20
 
+# While a row's sum lies between these, the softmax of its logits as they are is as exact as of logits shifted
+# by their maximum, which costs two more passes over them; farther out, entropy would lose digits first.
+_LEAST, _MOST = np.float32(1e-7), np.float32(1e7)
+
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """A few rows of one layer of one sample: `scores` are logits less their row's maximum, or MASKED.
+    """A few rows of one layer of one sample: `scores` are logits, or MASKED; a row's may share a shift.
 
     scores, exponentials (head, query, key); sums (head, query) of the exponentials, and totals, what they are
     divided by: the sums and, in a layer with attention sinks, the sink's own. Both are NaN where a query may
@@ -179,26 +183,33 @@ def walk_rows(
     longest = int((keys.stop - keys.start).max(initial=0))
     scratch = np.empty((2, max(TILE_BYTES // 4, ROW_BLOCK * longest)), np.float32)
     for number, at in enumerate(place):
+        sample = int(rows.sample[number])
         these, those = slice(rows.start[number], rows.stop[number]), slice(keys.start[at], keys.stop[at])
         of_key = {name: values[those] for name, values in key_columns.items()}
-        _require_complete(of_key["position"], int(rows.sample[number]))
+        _require_complete(of_key["position"], sample)
         # (kv_head, d_head, key): the layout that the matrix product reads in order; the scale goes here, as
         # several query heads share a key head.
         keys_of_sample = to_single(np.ascontiguousarray(key[those].transpose(1, 2, 0)))
         keys_of_sample = keys_of_sample * np.float32(rule.scale)
+        # A logit of minus infinity would pass for a weight of 0.
+        if not np.isfinite(keys_of_sample).all():
+            raise _not_finite(sample, layer)
         for start in range(these.start, these.stop, ROW_BLOCK):
             piece = slice(start, min(start + ROW_BLOCK, these.stop))
             of_query = {name: values[piece] for name, values in query_columns.items()}
             stop = rule.key_stop(of_query, of_key)
             near = {name: values[:stop] for name, values in of_key.items()}
             banned = ~rule.allowed(of_query, of_key)[:, :stop]
-            ceiling = _ceiling(banned)
+            edge, blind = banned[:, _first_banned(banned) :], np.all(banned, axis=1)
+            asked = to_single(query[piece].transpose(1, 0, 2))
             for kv, heads in groups:
                 for part in _tiles(heads, *banned.shape):
-                    asked = to_single(np.ascontiguousarray(query[piece].transpose(1, 0, 2)[part]))
-                    scores = _scores(asked, keys_of_sample[kv, :, :stop], rule.softcap, ceiling, scratch[0])
+                    scores = _scores(
+                        asked[part], keys_of_sample[kv, :, :stop], rule.softcap, edge, scratch[0]
+                    )
                     sinks = None if rule.sinks is None else rule.sinks[part]
-                    yield piece, _normalise(scores, banned, sinks, of_query, near, part, layer, scratch[1])
+                    softmax = _softmax(scores, sinks, blind, scratch[1], sample, layer)
+                    yield piece, AttentionRows(scores, *softmax, of_query, near, part)
 
 
 def _tiles(heads: NDArray[np.int64], rows: int, keys: int) -> list[NDArray[np.int64]]:
@@ -207,14 +218,18 @@ def _tiles(heads: NDArray[np.int64], rows: int, keys: int) -> list[NDArray[np.in
     return [heads[first : first + most] for first in range(0, len(heads), most)]
 
 
-def _ceiling(banned: NDArray[np.bool_]) -> Floats:
-    """(query, key): what no score may exceed; only of the keys from the first that some query may not see."""
-    edge = banned[:, banned.any(axis=0).argmax() :] if banned.any() else banned[:, :0]
-    return np.where(edge, MASKED, np.float32(np.inf))
+def _first_banned(banned: NDArray[np.bool_]) -> int:
+    """The first key that some query may not look at."""
+    return int(banned.any(axis=0).argmax()) if banned.any() else banned.shape[1]
 
 
-def _scores(query: Floats, key: Floats, softcap: float | None, ceiling: Floats, scratch: Floats) -> Floats:
-    """Logits (head, query, key) of heads that share a key head, as one matrix product."""
+def _scores(
+    query: Floats, key: Floats, softcap: float | None, edge: NDArray[np.bool_], scratch: Floats
+) -> Floats:
+    """Logits (head, query, key) of heads that share a key head, as one matrix product; MASKED in the edge.
+
+    `edge` (query, last keys) is True where a query may not look.
+    """
     heads, rows, width = query.shape
     scores: Floats = scratch[: heads * rows * key.shape[1]].reshape(heads * rows, key.shape[1])
     # What is not finite is found by its totals, and reported with its sample: no warning besides.
@@ -224,41 +239,46 @@ def _scores(query: Floats, key: Floats, softcap: float | None, ceiling: Floats, 
             np.tanh(np.divide(scores, np.float32(softcap), out=scores), out=scores)
             scores *= np.float32(softcap)
     scores = scores.reshape(heads, rows, key.shape[1])
-    edge = scores[..., scores.shape[-1] - ceiling.shape[-1] :]
-    np.fmin(edge, ceiling, out=edge)
+    np.copyto(scores[..., key.shape[1] - edge.shape[1] :], MASKED, where=edge)
     return scores
 
 
-def _normalise(
-    scores: Floats,
-    banned: NDArray[np.bool_],
-    sinks: Floats | None,
-    query: Columns,
-    key: Columns,
-    heads: NDArray[np.int64],
-    layer: int,
-    scratch: Floats,
-) -> AttentionRows:
+def _softmax(
+    scores: Floats, sinks: Floats | None, blind: NDArray[np.bool_], scratch: Floats, sample: int, layer: int
+) -> tuple[Floats, Floats, Floats]:
+    """Exponentials, sums and totals of rows; their scores are shifted in place where float32 needs it."""
+    sinks = None if sinks is None else sinks[:, None]
     with np.errstate(invalid="ignore", over="ignore"):
-        highest = scores.max(axis=-1, keepdims=True, initial=MASKED)
-        if sinks is not None:
-            highest = np.maximum(highest, sinks[:, None, None])
-        scores -= highest
-        exponentials = np.exp(scores, out=scratch[: scores.size].reshape(scores.shape))
-        sums = exponentials @ np.ones(scores.shape[-1], np.float32)
-    totals = sums
+        exponentials, sums, totals = _exponentials(scores, sinks, scratch)
+        if not ((totals > _LEAST) & (totals < _MOST) | blind).all():
+            # Masked scores stay far below any logit, also in a row of nothing else.
+            highest = scores.max(axis=-1, initial=MASKED / 2)
+            if sinks is not None:
+                highest = np.maximum(highest, sinks)
+                sinks = sinks - highest
+            scores -= highest[..., None]
+            exponentials, sums, totals = _exponentials(scores, sinks, scratch)
+            if not ((totals > 0) & np.isfinite(totals) | blind).all():
+                raise _not_finite(sample, layer)
     if sinks is not None:
-        totals = sums + np.exp(sinks[:, None] - highest[..., 0])
         # A sink that takes all leaves nothing to divide among the keys.
         sums = np.where(sums > 0, sums, np.float32(np.nan))
-    if not np.isfinite(totals).all():
-        raise DataError(
-            f"q or k of sample {query['sample_index'][0]} is not finite in layer {layer}.",
-            "Capture that sample again, or leave it out (sample=...); `mechanistic verify` checks the bytes.",
-        )
-    blind = banned.all(axis=1)
-    sums[:, blind] = totals[:, blind] = np.nan
-    return AttentionRows(scores, exponentials, sums, totals, query, key, heads)
+    if blind.any():
+        sums[:, blind] = totals[:, blind] = np.nan
+    return exponentials, sums, totals
+
+
+def _exponentials(scores: Floats, sinks: Floats | None, scratch: Floats) -> tuple[Floats, Floats, Floats]:
+    exponentials = np.exp(scores, out=scratch[: scores.size].reshape(scores.shape))
+    sums: Floats = exponentials @ np.ones(scores.shape[-1], np.float32)
+    return exponentials, sums, sums if sinks is None else sums + np.exp(sinks)
+
+
+def _not_finite(sample: int, layer: int) -> DataError:
+    return DataError(
+        f"q or k of sample {sample} is not finite in layer {layer}.",
+        "Capture that sample again, or leave it out (sample=...); `mechanistic verify` checks the bytes.",
+    )
 
 
 def _require_complete(position: NDArray[Any], sample: int) -> None:

@@ -20,10 +20,10 @@ def to_single(values: NDArray[Any]) -> NDArray[np.float32]:
     """
     if values.dtype != np.float16:
         return np.asarray(values, np.float32)
-    bits = values.view(np.int16)
-    if np.left_shift(values.view(np.uint16), 1).max(initial=0) >= 0xF800:
+    if values.view(np.int16).max(initial=0) >= 0x7C00 or values.view(np.uint16).max(initial=0) >= 0xFC00:
         return values.astype(np.float32)
-    moved = np.left_shift(bits, 13, dtype=np.int32)
+    moved = values.view(np.int16).astype(np.int32, order="C")
+    moved <<= 13
     moved &= _SIGN_AND_REST
     single = moved.view(np.float32)
     single *= _REBIAS

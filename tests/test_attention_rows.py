@@ -116,6 +116,22 @@ def test_walk__huge_logits_stay_finite() -> None:
     assert (entropy >= 0).all()
 
 
+@pytest.mark.parametrize("shift", [-200.0, -40.0, -9.0, 9.0, 40.0, 200.0])
+def test_walk__logits_that_share_a_shift_have_the_same_softmax(shift: float) -> None:
+    query, key = site(RUN, "text/q"), site(RUN, "text/k")
+    one, all_alike = xr.ones_like(query["q"][..., :1]), xr.full_like(key["k"][..., :1], shift * 8**0.5)
+    shifted = with_groups(
+        RUN,
+        text_q=query.drop_vars("q").assign(q=xr.concat([query["q"], one], "d_head")),
+        text_k=key.drop_vars("k").assign(k=xr.concat([key["k"], all_alike], "d_head")),
+    )
+    statistics = [WEIGHTS, entropy_statistic()]
+    plain = attention_statistics(RUN, statistics).to_array().values
+    np.testing.assert_allclose(
+        attention_statistics(shifted, statistics).to_array().values, plain, atol=abs(shift) * 1e-6
+    )
+
+
 def test_statistics__one_walk_equals_several_calls() -> None:
     together = attention_statistics(RUN, [entropy_statistic(), mass_statistic(), concentration_statistic(2)])
     assert all(isinstance(variable.data, da.Array) for variable in together.data_vars.values())
@@ -183,13 +199,16 @@ def test_statistics__refuses_incomplete_keys() -> None:
         attention_entropy(with_groups(RUN, text_k=odd)).compute()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_statistics__names_the_sample_and_layer_of_what_is_not_finite(value: float) -> None:
-    key = site(RUN, "text/k")
-    row = int(np.flatnonzero(key["sample_index"].values == 6)[0])
-    values = key["k"].values.copy()
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_statistics__names_the_sample_and_layer_of_what_is_not_finite(name: str, value: float) -> None:
+    group = site(RUN, f"text/{name}")
+    row = int(np.flatnonzero(group["sample_index"].values == 6)[0])
+    values = group[name].values.copy()
     values[2, row, 0, 0] = value
-    bad = with_groups(RUN, text_k=key.assign(k=(key["k"].dims, values)).chunk(layer=1, token=11))
+    bad = with_groups(
+        RUN, **{f"text_{name}": group.assign({name: (group[name].dims, values)}).chunk(layer=1, token=11)}
+    )
     with pytest.raises(DataError, match="sample 6 is not finite in layer 2"):
         attention_entropy(bad).compute()
     assert np.isfinite(attention_entropy(bad, layer=[0, 1, 3])["attention_entropy"].values).all()
