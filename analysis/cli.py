@@ -126,6 +126,8 @@ def _add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _analyze(args: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
+    from threadpoolctl import threadpool_limits
+
     from .analyze import Options, analyze_run
 
     options = Options(args.tokens, tuple(args.by), args.target, args.site)
@@ -134,7 +136,8 @@ def _analyze(args: argparse.Namespace) -> int:
         from distributed import Client
 
         client = Client(args.scheduler)
-    with client:
+    # One BLAS thread in each of dask's: more would wait for each other, for twice the CPU time.
+    with client, threadpool_limits(1, user_api="blas"):
         written = analyze_run(
             args.run, args.names, args.output_dir, options, allow_partial=args.allow_partial
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from .blocks import sample_spans
 from .token_selection import token_axis
+
+_PIECE = 256
 
 
 def sample_means(dataset: xr.Dataset) -> xr.Dataset:
@@ -88,10 +91,34 @@ def mean_of_groups(values: Any, place: int, groups: Groups) -> Any:
 def _reduce_groups(
     values: NDArray[Any], order: NDArray[np.int64], start: NDArray[np.int64], place: int
 ) -> NDArray[Any]:
-    if (np.diff(order) != 1).any():
-        values = np.take(values, order, axis=place)
-    counts = np.diff(np.append(start, values.shape[place]))
-    shape = [1] * values.ndim
-    shape[place] = -1
-    sums = np.add.reduceat(values, start, axis=place, dtype=np.float64)
-    return np.asarray(sums / counts.reshape(shape)).astype(np.result_type(values.dtype, np.float32))
+    dtype = np.result_type(values.dtype, np.float32)
+    before, after = values.shape[:place], values.shape[place + 1 :]
+    rows = values.reshape(math.prod(before), values.shape[place], math.prod(after)).astype(dtype, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = _sums(rows, order, start)
+        if dtype != np.float64 and not np.isfinite(sums).all():
+            # Of finite values too, whose sum is more than single precision holds.
+            sums = _sums(rows.astype(np.float64), order, start)
+        means = sums / np.diff(start, append=len(order))[:, None]
+        return np.asarray(means, dtype).reshape(*before, len(start), *after)
+
+
+def _sums(rows: NDArray[Any], order: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums (before, group, after) of rows (before, row, after).
+
+    Of `_PIECE` rows at most in their own precision, as a product with a sparse matrix, which takes a tenth of
+    the time of reduceat; of these in double.
+    """
+    from scipy.sparse import csr_array
+
+    counts = np.diff(start, append=len(order))
+    pieces = -(-counts // _PIECE)
+    first = np.cumsum(pieces) - pieces
+    begin = np.repeat(start - _PIECE * first, pieces) + _PIECE * np.arange(pieces.sum())
+    members = csr_array(
+        (np.ones(len(order), rows.dtype), order, np.append(begin, len(order))), (len(begin), len(order))
+    )
+    parts = np.empty((rows.shape[0], len(begin), rows.shape[2]), rows.dtype)
+    for place, part in enumerate(rows):
+        parts[place] = members @ part
+    return np.add.reduceat(parts, first, axis=1, dtype=np.float64)

@@ -51,7 +51,10 @@ def with_samples(dataset: xr.Dataset, run: xr.DataTree, columns: str | Sequence[
                 f"Rename or drop it first: dataset.drop_vars('{name}').",
             )
         column = samples[name]
-        added[name] = (axis, _look_up(np.asarray(column.values), index), column.attrs)
+        values = np.asarray(column.values)
+        # To repeat a text is to copy it, to repeat an object is not.
+        values = values.astype(object) if values.dtype.kind == "T" else values
+        added[name] = (axis, _look_up(values, index), column.attrs)
     return dataset.assign_coords(added)
 
 
@@ -102,7 +105,7 @@ def summarize(
     splits, code = _splits_of_rows(dataset, names, axis)
     count = math.prod(map(len, splits))
     means, split, first = _means_in_splits(dataset, axis, code, count)
-    grouping = None if clusters is None else _labels_of_rows(dataset, clusters, axis)[first]
+    grouping = None if clusters is None else row_labels(_label(dataset, clusters, axis)[first])
     interval = partial(
         _interval, method=method, level=level, clusters=grouping, resamples=resamples, seed=seed
     )
@@ -151,12 +154,22 @@ def _splits_of_rows(
     """The splits of each label, and the place of each row in the table of them all."""
     splits, code = [], np.zeros(dataset.sizes[axis], np.int64)
     for name in names:
-        values = _labels_of_rows(dataset, name, axis)
-        present, place = np.unique(values, return_inverse=True)
-        splits.append(split_names(dataset[name], present))
+        column = _label(dataset, name, axis)
+        values, place = _numbered(np.asarray(column.values))
+        present = row_labels(xr.DataArray(values, attrs=column.attrs))
+        splits.append(split_names(column, present))
         code *= len(present)
         code += np.array([splits[-1].index(value) for value in present.tolist()], np.int64)[place]
     return splits, code
+
+
+def _numbered(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Each value once, and which of them each is; texts are not sorted for it, which takes twice as long."""
+    if values.dtype.kind not in "OTU":
+        return np.unique(values, return_inverse=True)
+    texts = values.tolist()
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return np.array([*numbers], object), np.fromiter(map(numbers.__getitem__, texts), np.int64, len(texts))
 
 
 def _means_in_splits(
@@ -175,7 +188,8 @@ def _means_in_splits(
         return held, code, np.arange(len(code))
     spans = sample_spans(np.asarray(dataset["sample_index"].values))
     key = np.repeat(np.arange(len(spans.start)), spans.stop - spans.start) * count + code
-    order = np.argsort(key, kind="stable")
+    sorted_already = (np.diff(key) >= 0).all()
+    order = np.arange(len(key)) if sorted_already else np.argsort(key, kind="stable")
     start = np.flatnonzero(np.diff(key[order], prepend=-1))
     groups = Groups(order, start, spans.start)
     means = {
@@ -218,14 +232,14 @@ def _interval(
     return bootstrap_interval(values, level=level, clusters=own, resamples=resamples, seed=seed)
 
 
-def _labels_of_rows(dataset: xr.Dataset, name: str, axis: str) -> NDArray[Any]:
+def _label(dataset: xr.Dataset, name: str, axis: str) -> xr.DataArray:
     if name not in dataset.variables or dataset[name].dims != (axis,):
         raise DimensionError(
             f"the rows have no label '{name}'; they have "
             f"{', '.join(str(n) for n, coord in dataset.coords.items() if coord.dims == (axis,))}.",
             f"Add a column of the samples first: with_samples(dataset, run, '{name}').",
         )
-    return row_labels(dataset[name])
+    return dataset[name]
 
 
 def _sample_rows(dataset: xr.Dataset, count: int | None) -> tuple[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 from synthetic_run import synthetic_run
+from threadpoolctl import ThreadpoolController
 
 from mechanistic.analysis import attention_mass, summarize, with_samples
 from mechanistic.analysis.analyze import ANALYSES, Options
@@ -73,3 +75,20 @@ def test_analyze__names_what_exists(
     assert main(["analyze", str(demo_run), "mass", "--by", "weather", "--output-dir", str(tmp_path)]) == 2
     assert "no column weather" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_analyze__leaves_one_blas_thread_to_each_of_dasks(
+    demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blas = ThreadpoolController().select(user_api="blas")
+    inside: list[int] = []
+
+    def look(*args: Any, **kwargs: Any) -> list[Path]:
+        inside.extend(library["num_threads"] for library in blas.info())
+        return []
+
+    monkeypatch.setattr("mechanistic.analysis.analyze.analyze_run", look)
+    before = blas.info()
+    assert main(["analyze", str(demo_run), "mass", "--output-dir", str(tmp_path)]) == 0
+    assert set(inside) == {1}
+    assert blas.info() == before
