@@ -97,7 +97,7 @@ def _reduce_groups(
     with np.errstate(invalid="ignore", over="ignore"):
         sums = _sums(rows, order, start)
         if dtype != np.float64 and not np.isfinite(sums).all():
-            # Of finite values too, whose sum is more than single precision holds.
+            # Something is missing, or single precision does not hold the sum.
             sums = _sums(rows.astype(np.float64), order, start)
         means = sums / np.diff(start, append=len(order))[:, None]
         return np.asarray(means, dtype).reshape(*before, len(start), *after)
